@@ -6,19 +6,21 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
-settings.read(here / "settings.ini")
+settings.read(here / "settings.ini", encoding="utf-8")
 config = settings["DEFAULT"]
 
 setup(
     name=config["lib_name"],
     version=config["version"],
     description=config["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     url=config["git_url"],
     author=config["author"],
     license="Apache-2.0",
     packages=find_packages(include=["flatmin_nb", "flatmin_nb.*"]),
+    install_requires=config["requirements"].split(),
+    extras_require={"dev": config["dev_requirements"].split()},
     python_requires=f">={config['min_python']}",
     zip_safe=False,
 )

@@ -1,0 +1,98 @@
+# flatmin_nb: `make run` trains Entropy-SGD beside its baselines, `make test` passes every check. Nothing has to be
+# installed first: each target makes what it needs, and a target whose inputs have not changed does nothing.
+# `make -B test` and `make -B run` do it again all the same.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help install run test lab docs clean
+
+PYTHON ?=                    # the interpreter that .venv is made with; empty: the first of CANDIDATES that will do
+CANDIDATES := python3 python3.13 python3.12 python3.11
+BIN := .venv/bin
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+NOTEBOOK := 02_entropy_sgd
+PACKAGE := $(shell find flatmin_nb -name '*.py')
+INPUTS := $(shell find nbs flatmin_nb tests benchmarks house results .github .ci \
+            -name '.ipynb_checkpoints' -prune -o -name '__pycache__' -prune -o -name nbdev.yml -o -type f -print 2>/dev/null) \
+          $(wildcard *.ini *.py *.toml *.yml *.md *.txt *.in LICENSE Makefile Dockerfile .gitignore .dockerignore)
+
+help:
+	@echo "make run    Entropy-SGD and its baselines on real images: runs/$(NOTEBOOK).ipynb and a summary"
+	@echo "make test   every check: clean and exported notebooks, the notebooks themselves, the site's pages, tests/"
+	@echo "make lab    Jupyter Lab on the notebooks"
+	@echo "make docs   the site, in _docs/ (needs Quarto)"
+	@echo "make clean  takes away what make made, but for runs/"
+	@echo "PYTHON=/path/to/python3.12 names the Python of .venv; make -B TARGET does it again though nothing has changed"
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+.venv/made.stamp:
+	@if ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  found=; for candidate in $(or $(strip $(PYTHON)),$(CANDIDATES)); do \
+	    if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "flatmin_nb needs Python 3.11 or later with its venv module, and $(or $(strip $(PYTHON)),none of $(CANDIDATES)) is one: install it (Debian: apt install python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+	  fi; \
+	  "$$found" -m venv --clear .venv; \
+	fi
+	@touch $@
+
+.venv/installed.stamp: .venv/made.stamp settings.ini setup.py constraints.txt
+	@echo "installing what settings.ini asks for at the versions of constraints.txt (the first time 6 GB and a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
+	@$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev]' \
+	  | { grep -v '^Requirement already satisfied' || true; }
+	@touch $@
+
+install: .venv/installed.stamp
+
+# ---- make run --------------------------------------------------------------------------------------------------------
+
+# papermill writes under another name and the finished notebook appears at once, so a run that failed or was killed
+# never looks like a finished one; flock makes a second `make run` wait for one that is still at work
+runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(PACKAGE) .venv/installed.stamp
+	@mkdir -p runs && rm -f $@ runs/$(NOTEBOOK)/summary.txt
+	@echo "papermill nbs/$(NOTEBOOK).ipynb $@ -p L 20"
+	@$(shell command -v flock >/dev/null && echo flock runs/.lock) \
+	  $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb \
+	  -p L 20 -p out runs/$(NOTEBOOK) -p overwrite True \
+	  || { echo "the run stopped: how far it came stands in runs/$(NOTEBOOK).part.ipynb" >&2; exit 1; }
+	@$(BIN)/python house/summary.py runs/$(NOTEBOOK) $@ > runs/$(NOTEBOOK)/summary.part
+	@mv runs/$(NOTEBOOK)/summary.part runs/$(NOTEBOOK)/summary.txt
+	@mv runs/$(NOTEBOOK).part.ipynb $@
+
+run: runs/$(NOTEBOOK).ipynb
+	@cat runs/$(NOTEBOOK)/summary.txt
+
+# ---- make test -------------------------------------------------------------------------------------------------------
+
+# FLATMIN_DATA decides whether the tests on real data run, so each of its values has a stamp of its own
+TESTED := .venv/tested$(shell echo "$(FLATMIN_DATA)" | cksum | cut -d' ' -f1).stamp
+
+# the list of the inputs is an input too: a notebook taken away is a change
+$(shell [ ! -d .venv ] || echo "$(sort $(INPUTS))" | cmp --silent - .venv/inputs.txt || echo "$(sort $(INPUTS))" > .venv/inputs.txt)
+
+$(TESTED): $(INPUTS) $(wildcard .venv/inputs.txt) .venv/installed.stamp
+	@$(BIN)/python house/check.py
+	@touch $@
+
+test: $(TESTED)
+
+# ---- reading and publishing ------------------------------------------------------------------------------------------
+
+lab: .venv/installed.stamp
+	@$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+
+_docs/index.html: $(INPUTS) .venv/installed.stamp
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9.38 on the PATH: https://quarto.org/docs/download/ (the container of the Dockerfile has it)" >&2; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	@touch $@
+
+docs: _docs/index.html
+
+clean:
+	rm -rf .venv _docs _proc build flatmin_nb.egg-info nbs/nbdev.yml .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

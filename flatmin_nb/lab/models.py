@@ -17,7 +17,7 @@ from torch import nn
 
 from .errors import OneLineError
 
-# %% ../../nbs/lab/models.ipynb #cc54d297
+# %% ../../nbs/lab/models.ipynb #d8c71195
 class ModelError(OneLineError, ValueError):
     "A net that does not exist, or an option that it does not take."
 
@@ -38,9 +38,9 @@ def _probability(name: str, value: float) -> None:
 
 
 def _whole(name: str, value: int, least: int = 1) -> None:
-    "Refuse what is not an integer of at least `least`, and what torch could not hold."
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**63:
-        raise ModelError(f"{name} must be an integer of at least {least}; got {value!r}")
+    "Refuse what is not an integer of at least `least` (and below 2**32: torch's generator drops the rest of a seed)."
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**32:
+        raise ModelError(f"{name} must be an integer from {least} to 4294967295; got {value!r}")
 
 # %% ../../nbs/lab/models.ipynb #f59c6347
 def block(

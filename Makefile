@@ -54,7 +54,7 @@ install: .venv/installed.stamp
 # papermill writes under another name and the finished notebook appears at once, so a run that failed or was killed
 # never looks like a finished one; flock makes a second `make run` wait for one that is still at work
 runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(PACKAGE) .venv/installed.stamp
-	@mkdir -p runs && rm -f $@ runs/$(NOTEBOOK)/summary.txt
+	@mkdir -p runs/$(NOTEBOOK) && rm -f $@ runs/$(NOTEBOOK)/summary.txt
 	@echo "papermill nbs/$(NOTEBOOK).ipynb $@ -p L 20"
 	@$(shell command -v flock >/dev/null && echo flock runs/.lock) \
 	  $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb \

@@ -1,4 +1,4 @@
-"""Every check of `make test`, one after another, each timed; exit 1 if any failed.
+"""Every check of `make test`, one after another, each timed; exit 1 if any failed. `check.py ruff pytest` runs these two.
 
 The notebooks are cleaned, exported and run in a copy of the project, so nothing is written into nbs/ and work in
 progress is checked as it lies in the folder, committed or not. Only pytest runs in the project itself.
@@ -31,8 +31,10 @@ def differences(
     return sorted(map(str, unlike | (files(here) ^ files(there))))
 
 
-def main() -> int:
-    "Run the checks; the exit status."
+def main(
+    wanted: list[str],  # the names of the checks to run; empty: all
+) -> int:  # the exit status
+    "Run the checks."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores, 8)
     failed = []
@@ -50,6 +52,8 @@ def main() -> int:
 
         def check(name, *command, unchanged="", folder=copy):
             "Run one command; afterwards the folder `unchanged` must be as it was before."
+            if wanted and name not in wanted:
+                return
             print(f"---- {name}", flush=True)
             started = time.monotonic()
             status = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL).returncode
@@ -64,7 +68,7 @@ def main() -> int:
         check("nbdev_clean", tools / "nbdev_clean", unchanged="nbs")
         check("nbdev_export", tools / "nbdev_export", unchanged="flatmin_nb")
         check("nbdev_test", tools / "nbdev_test", "--n_workers", str(workers), "--timing", unchanged="nbs")
-        check("pages of the site", sys.executable, "-c", SITE.format(workers))
+        check("site", sys.executable, "-c", SITE.format(workers))
         environment["PYTHONPATH"] = str(ROOT)
         check("pytest", sys.executable, "-m", "pytest", "--quiet", "tests", folder=ROOT)
 
@@ -74,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

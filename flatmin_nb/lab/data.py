@@ -255,16 +255,17 @@ def standardised(images: ImageSet) -> ImageSet:
     deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))  # a constant channel becomes 0
     return images.with_images(lambda x: (x.float() - mean) / deviation)
 
-# %% ../../nbs/lab/data.ipynb #4a1fd607
+# %% ../../nbs/lab/data.ipynb #14ba438f
 def contrast_normalised(images: ImageSet) -> ImageSet:
     "Images as float32, each minus its own mean and divided by its own standard deviation (over C*H*W, n - 1)."
 
     def normalise(x: torch.Tensor) -> torch.Tensor:
-        centred = x.float() - x.mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
-        deviation = (centred.square().sum(dim=(1, 2, 3), keepdim=True) / (images.train_images[0].numel() - 1)).sqrt()
-        return centred / torch.where(deviation < 1e-8, 1.0, deviation)
+        values = x.double()
+        values = values - values.mean(dim=(1, 2, 3), keepdim=True)
+        deviation = (values.square().sum(dim=(1, 2, 3), keepdim=True) / (values.shape[1:].numel() - 1)).sqrt()
+        return (values / torch.where(deviation < 1e-8, 1.0, deviation)).float()
 
-    return images.with_images(normalise)
+    return images.with_images(lambda x: torch.cat([normalise(block) for block in x.split(2000)]))
 
 # %% ../../nbs/lab/data.ipynb #89c0a1c6
 def zca(

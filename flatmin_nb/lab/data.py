@@ -236,7 +236,7 @@ def _from_file(name: str, folder: str | os.PathLike | None, download: bool) -> t
     _check_contents(path, tensors, num_classes)
     return tensors, num_classes
 
-# %% ../../nbs/lab/data.ipynb #5b01705a
+# %% ../../nbs/lab/data.ipynb #5487884f
 def scaled(
     images: ImageSet,
     centre: float = 0.0,
@@ -246,14 +246,19 @@ def scaled(
     _number("centre", centre, -np.inf, np.inf)
     if isinstance(scale, bool) or not isinstance(scale, Real) or not np.isfinite(scale) or scale == 0:
         raise DataError(f"scale must be a finite number other than 0; got {scale!r}")
-    return images.with_images(lambda x: (x.float() - centre) / scale)
+    return images.with_images(lambda x: _affine(x, centre, scale))
 
 
 def standardised(images: ImageSet) -> ImageSet:
     "Images as float32, minus the mean and divided by the standard deviation of each channel of the training split."
     variance, mean = torch.var_mean(images.train_images.float(), dim=(0, 2, 3), keepdim=True, correction=0)
     deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))  # a constant channel becomes 0
-    return images.with_images(lambda x: (x.float() - mean) / deviation)
+    return images.with_images(lambda x: _affine(x, mean, deviation))
+
+
+def _affine(x: torch.Tensor, centre: float | torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    "(x - centre) / scale as a new float32 tensor, without a second one of its size."
+    return x.to(torch.float32, copy=True).sub_(centre).div_(scale)
 
 # %% ../../nbs/lab/data.ipynb #14ba438f
 def contrast_normalised(images: ImageSet) -> ImageSet:
@@ -390,7 +395,7 @@ class Batches:
         self._pass, self._position = state["pass"], state["position"]
         self._order = self._choices = None
 
-# %% ../../nbs/lab/data.ipynb #b5f7fe3e
+# %% ../../nbs/lab/data.ipynb #a4992fb0
 class CropFlip:
     "Random crops of padded images, randomly mirrored, every image of a batch by its own choices."
 
@@ -417,13 +422,17 @@ class CropFlip:
         choices: torch.Tensor,  # [B, 3], on the same device
     ) -> torch.Tensor:
         "The windows that `choices` names, [B, C, H, W]."
-        height, width = images.shape[2:]
-        windows = self._padded(images).unfold(2, height, 1).unfold(3, width, 1)
-        top, left, mirrored = choices.unbind(1)
-        columns = torch.arange(width, device=images.device)
-        columns = torch.where(mirrored.bool()[:, None], columns.flip(0), columns)  # [B, W]
-        picked = windows[torch.arange(len(images), device=images.device), :, top, left]
-        return picked.gather(3, columns[:, None, None].expand(picked.shape))
+        count, channels, height, width = images.shape
+        padded = self._padded(images)
+        device, (tall, wide) = images.device, padded.shape[2:]
+        top, left, mirrored = choices.view(-1, 3, 1, 1).unbind(1)
+        plane = torch.arange(count * channels, device=device).view(count, channels, 1) * (tall * wide)
+        first = plane + (top + torch.arange(height, device=device)) * wide + left  # of each row of each window, [B, C, H]
+        rows = padded.flatten().unfold(0, width, 1)  # [B * C * tall * wide - W + 1, W], a view
+        windows = rows.index_select(0, first.flatten()).view(images.shape)
+        column = torch.arange(width, device=device)
+        column = torch.where(mirrored[..., None].bool(), column.flip(0), column)  # [B, 1, 1, W]
+        return windows.gather(3, column.expand(images.shape))
 
     def _padded(self, images: torch.Tensor) -> torch.Tensor:
         "`images` with the border around them."

@@ -54,18 +54,19 @@ install: .venv/installed.stamp
 # papermill writes under another name and the finished notebook appears at once, so a run that failed or was killed
 # never looks like a finished one; flock makes a second `make run` wait for one that is still at work
 runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(PACKAGE) .venv/installed.stamp
-	@mkdir -p runs/$(NOTEBOOK) && rm -f $@ runs/$(NOTEBOOK)/summary.txt
+	@mkdir -p runs/$(NOTEBOOK) && rm -f $@
 	@echo "papermill nbs/$(NOTEBOOK).ipynb $@ -p L 20"
 	@$(shell command -v flock >/dev/null && echo flock runs/.lock) \
 	  $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb \
 	  -p L 20 -p out runs/$(NOTEBOOK) -p overwrite True \
 	  || { echo "the run stopped: how far it came stands in runs/$(NOTEBOOK).part.ipynb" >&2; exit 1; }
-	@$(BIN)/python house/summary.py runs/$(NOTEBOOK) $@ > runs/$(NOTEBOOK)/summary.part
-	@mv runs/$(NOTEBOOK)/summary.part runs/$(NOTEBOOK)/summary.txt
 	@mv runs/$(NOTEBOOK).part.ipynb $@
 
-run: runs/$(NOTEBOOK).ipynb
-	@cat runs/$(NOTEBOOK)/summary.txt
+runs/$(NOTEBOOK)/summary.txt: runs/$(NOTEBOOK).ipynb
+	@$(BIN)/python house/summary.py runs/$(NOTEBOOK) $< > $@.part && mv $@.part $@
+
+run: runs/$(NOTEBOOK)/summary.txt
+	@cat $<
 
 # ---- make test -------------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ def commit(
 class FolderError(OneLineError, OSError):
     "A run folder that cannot be used: it cannot be written, is in use, or holds something that must not be lost."
 
-# %% ../../nbs/lab/results.ipynb #aeedf1ac
+# %% ../../nbs/lab/results.ipynb #5671c0cb
 def claimed(folder: Path) -> FileLock:
     "Make `folder` if need be, and hold it for this process."
     try:
@@ -121,7 +121,7 @@ def claimed(folder: Path) -> FileLock:
     except Timeout:
         raise FolderError(f"another process is writing to the run folder '{folder}'; wait for it or choose another folder") from None
     except OSError as error:
-        raise FolderError(f"the run folder '{folder}' cannot be written ({error.strerror}); choose another folder") from None
+        raise FolderError(f"the run folder '{folder}' cannot be written ({error.strerror or error}); choose another folder") from None
     return lock
 
 # %% ../../nbs/lab/results.ipynb #058bafa3
@@ -188,18 +188,19 @@ def check_wandb(
         if not wandb.login(prompt=False, verify=False):
             raise WandbError("wandb_mode = 'online' needs a key; run `wandb login`, set WANDB_API_KEY, or give 'offline'")
 
-# %% ../../nbs/lab/results.ipynb #75d10af7
+# %% ../../nbs/lab/results.ipynb #c42e18cb
 def start_wandb(mode: str, folder: Path, record: dict) -> Any:
-    "The wandb run of this run, with its files in `folder`; None when disabled."
+    "The wandb run of this run, with its files in `folder`; None when disabled. The record keeps its id, to be resumed by."
     if mode == "disabled":
         return None
     import wandb
 
+    record.setdefault("wandb_id", secrets.token_hex(4))
     private = dict(disable_git=True, disable_code=True, console="off", host="", username="",
                    x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False)  # fmt: skip
     try:
         return wandb.init(
-            mode=mode, dir=folder, project="flatmin_nb", id=record["wandb_id"], name=record["tag"] or folder.name,
+            mode=mode, dir=folder, project="flatmin_nb", id=record["wandb_id"], reinit="create_new", name=record["tag"] or folder.name,
             config=record["parameters"], resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, init_timeout=30, **private),
         )  # fmt: skip
@@ -207,7 +208,7 @@ def start_wandb(mode: str, folder: Path, record: dict) -> Any:
         reason = " ".join(str(error).split())
         raise WandbError(f"wandb_mode = '{mode}' failed ({reason}); mend that, or give 'offline' or 'disabled'") from None
 
-# %% ../../nbs/lab/results.ipynb #8b4d855f
+# %% ../../nbs/lab/results.ipynb #d85d1fc3
 def now() -> str:
     "The time, UTC, to the second."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -218,7 +219,7 @@ def new_record(parameters: dict, tag: str) -> dict:
     return dict(
         status="running", tag=tag, parameters=parameters, summary={}, versions=versions(), device_name="",
         threads=torch.get_num_threads(), commit=commit(Path(flatmin_nb.__file__)),
-        started=now(), ended="", seconds=0.0, resumed=[], wandb_id=secrets.token_hex(4),
+        started=now(), ended="", seconds=0.0, resumed=[],
     )  # fmt: skip
 
 # %% ../../nbs/lab/results.ipynb #6cace954
@@ -238,7 +239,7 @@ def opened(folder: Path, parameters: dict, tag: str, overwrite: bool) -> dict:
     refuse_to_lose(record, parameters, folder)
     return resumed(record)
 
-# %% ../../nbs/lab/results.ipynb #71d833e4
+# %% ../../nbs/lab/results.ipynb #f0babc92
 class Run:
     "One run in one folder. Made again with the same parameters after a kill, it goes on where its checkpoint is."
 
@@ -257,8 +258,8 @@ class Run:
         try:
             self.record = opened(self.folder, parameters, tag, overwrite)
             self._began = time.monotonic() - self.record["seconds"]
-            self.note()
             self._wandb = start_wandb(wandb_mode, self.folder, self.record)
+            self.note()
         except BaseException:
             self._lock.release()
             raise

@@ -286,7 +286,7 @@ def tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     for key, item in items:
         yield from tensors(item, f"{name}.{key}" if name else str(key))
 
-# %% ../../nbs/lab/train.ipynb #90181a0b
+# %% ../../nbs/lab/train.ipynb #275cb65b
 class Keeper:
     "Saves the parts of a training run in checkpoints of `run`, if there is one, and brings them back."
 
@@ -302,7 +302,8 @@ class Keeper:
         "Save a checkpoint. Raises Diverged instead if a number in it is not finite."
         state = {name: part.state_dict() for name, part in self.parts.items()}
         for name, tensor in tensors({part: state[part] for part in ("model", "optimizer", "average") if part in state}):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # the norm is ten times as fast, and finite only if all numbers are; a finite number may still be too large for it
+            if tensor.is_floating_point() and not tensor.norm().isfinite() and not tensor.isfinite().all():
                 raise Diverged(f"'{name}'", step)
         if self.run is not None:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -338,7 +339,7 @@ def due(step: int, last: int, *periods: int) -> bool:
     "Whether something that happens every so many steps, and after the last one, happens now. A period of 0 is never."
     return step == last or any(period and step % period == 0 for period in periods)
 
-# %% ../../nbs/lab/train.ipynb #0df21415
+# %% ../../nbs/lab/train.ipynb #49848bb8
 @contextmanager
 def divergence_recorded(run: Run | None, ledger: Ledger) -> Iterator[None]:
     "Inside, Diverged is written into the record of `run`, with the history so far, on its way out."
@@ -368,7 +369,8 @@ def completed(loop: Loop, ledger: Ledger, evaluated: nn.Module, run: Run | None)
     "Record that training is over, with the last row as the summary. What is measured next may call run.finish again."
     history = pd.DataFrame(ledger.rows)
     if run is not None:
-        last = {name: value for name, value in ledger.rows[-1].items() if name not in ("seconds", "lr")}
+        row = ledger.rows[-1] if ledger.rows else {}  # no epochs, no rows
+        last = {name: value for name, value in row.items() if name not in ("seconds", "lr")}
         run.finish(evaluated, history, status="fitted", train_seconds=round(ledger.seconds, 3), **last)
     return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated)
 

@@ -1,0 +1,187 @@
+"""Run folders: what is refused, what is kept, and what Weights & Biases gets to see."""
+
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flatmin_nb.lab.errors import OneLineError
+from flatmin_nb.lab.results import Run, load
+
+
+def one_line(error) -> str:
+    assert isinstance(error.value, OneLineError)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("parent", ["a_file", "/proc"])  # root may write to any folder that can be written at all
+def test_a_folder_that_cannot_be_written(parent, tmp_path):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(OSError) as error:
+        Run(tmp_path / parent / "run", {"lr": 0.1})
+    assert "cannot be written" in one_line(error) and "choose another folder" in one_line(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_read_only_folder_for_somebody_who_is_not_root():
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o555)
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:  # a process that may read the folder but not write to it
+            os.setuid(65534)
+            try:
+                Run(Path(parent) / "run", {})
+            except BaseException as error:
+                os.write(writer, f"{type(error).__name__}: {error}".encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        told = os.read(reader, 1000).decode()
+    assert told == f"FolderError: the run folder '{parent}/run' cannot be written (Permission denied); choose another folder"
+
+
+@pytest.mark.parametrize("status", ["finished", "diverged"])
+def test_what_is_over_is_not_lost(status, tmp_path):
+    Run(tmp_path, {"lr": 0.1}).finish(nn.Linear(2, 1), None, status=status, test_error=1.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError) as error:
+        Run(tmp_path, {"lr": 0.1})
+    assert f"holds a run that is {status}" in one_line(error) and "overwrite=True" in one_line(error)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Run(tmp_path, {"lr": 0.2}, overwrite=True).status == "running"
+    assert load(tmp_path).lr.tolist() == [0.2]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_overwriting_that_is_killed_halfway_resumes_nothing_old(tmp_path):
+    run = Run(tmp_path, {"lr": 0.1})
+    run.save_checkpoint({"step": 7})
+    run.note(status="replaced", parameters={})  # the first thing that overwriting does
+    run.close()
+    assert Run(tmp_path, {"lr": 0.2}).checkpoint() is None
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path):
+    (tmp_path / "history.csv").write_text("mine")
+    with pytest.raises(OSError) as error:
+        Run(tmp_path, {})
+    assert "holds history.csv but no run.json" in one_line(error)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(OSError) as error:
+        Run(tmp_path, {})
+    assert "is not a record of a run" in one_line(error)
+    assert load(tmp_path).status.tolist() == ["unreadable"]
+    assert (tmp_path / "history.csv").read_text() == "mine"
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "below").mkdir()
+    Run(tmp_path, {}).finish(None, None)
+    Run(tmp_path, {}, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "below").is_dir()
+
+
+def test_a_refused_run_does_not_hold_the_folder(tmp_path):
+    Run(tmp_path, {}).finish(None, None)
+    with pytest.raises(OSError):
+        Run(tmp_path, {})
+    script = f"from flatmin_nb.lab.results import Run; Run({str(tmp_path)!r}, {{}}, overwrite=True)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_record_names_this_machine(tmp_path):
+    run = Run(tmp_path, {"lr": 0.1}, tag="a")
+    run.save_checkpoint({"step": 1, "weight": torch.ones(3)})
+    text = (tmp_path / "run.json").read_text()
+    for name in (str(tmp_path), socket.gethostname(), getpass.getuser()):
+        assert f'"{name}' not in text and f"/{name}" not in text
+    assert str(tmp_path).encode() not in (tmp_path / "checkpoint.pt").read_bytes()
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("trapped",))
+
+    run = Run(tmp_path, {})
+    torch.save({"step": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        run.checkpoint()
+
+
+def test_tied_weights_are_written(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    Run(tmp_path, {}).finish(net, None)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+WANDB = """
+import sys
+from flatmin_nb.lab.results import Run
+run = Run({folder!r}, {{"lr": 0.1}}, wandb_mode={mode!r}, tag="a tag")
+run.log({{"step": 1, "test_error": 2.5}})
+other = Run({folder!r} + "-2", {{"lr": 0.2}}, wandb_mode={mode!r}, tag="another")  # while the first one goes on
+other.log({{"step": 1, "loss_of_the_other": 0.5}})
+run.finish(None, None, test_error=2.5)
+other.finish(None, None)
+print("imported" if "wandb" in sys.modules else "not imported")
+"""
+
+
+def in_process(folder, mode, tmp_path):
+    "Run in a process with no key, no network and a home of its own."
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path / "home"), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    script = WANDB.format(folder=str(folder), mode=mode)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_wandb_disabled_is_not_imported(tmp_path):
+    result = in_process(tmp_path / "run", "disabled", tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "not imported\n", "")
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_wandb_offline_writes_a_run_into_the_folder(tmp_path):
+    pytest.importorskip("wandb")
+    result = in_process(tmp_path / "run", "offline", tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "imported\n", "")
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    data = written.read_bytes()
+    assert b"test_error" in data and b"a tag" in data
+    (other,) = (tmp_path / "run-2" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"loss_of_the_other" in other.read_bytes() and b"loss_of_the_other" not in data
+    assert str(tmp_path).encode() not in data
+    assert load(tmp_path / "run").status.tolist() == ["finished"]
+
+
+def test_wandb_online_without_a_key_fails_at_once(tmp_path):
+    pytest.importorskip("wandb")
+    result = in_process(tmp_path / "run", "online", tmp_path)
+    assert result.returncode == 1
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .endswith("wandb_mode = 'online' needs a key; run `wandb login`, set WANDB_API_KEY, or give 'offline'")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_are_strict_json(tmp_path):
+    Run(tmp_path, {"cap": float("inf")}).finish(None, None, status="diverged", test_loss=float("nan"))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert load(tmp_path).cap.tolist() == [float("inf")]

@@ -1,0 +1,188 @@
+"""The corners of `fit` that the notebook does not walk into."""
+
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+
+from flatmin_nb.entropy_sgd import EntropySGD
+from flatmin_nb.lab.data import load, scaled
+from flatmin_nb.lab.errors import OneLineError
+from flatmin_nb.lab.results import Run
+from flatmin_nb.lab.results import load as load_runs
+from flatmin_nb.lab.train import Callback, Diverged, evaluate, fit
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return scaled(load("digits"), centre=0, scale=255)
+
+
+def small_net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 10))
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def train(images, make=lambda p: SGD(p, lr=0.05, momentum=0.9), net=None, **options):
+    net = net or small_net()
+    return net, fit(net, make(net.parameters()), images, **{"epochs": 2, "splits": ("test",), "progress": False} | options)
+
+
+@pytest.mark.parametrize(("L", "extra", "evaluations"), [(0, False, 1), (1, False, 1), (5, False, 5), (5, True, 6)])
+def test_entropy_sgd_pays_for_every_call_of_its_closure(digits, L, extra, evaluations):
+    _, result = train(digits, lambda p: EntropySGD(p, lr=0.5, L=L, extra_evaluation=extra))
+    assert result.steps == 2 * (len(digits.train_images) // 128)
+    assert result.gradient_evaluations == evaluations * result.steps
+    assert result.history.gradient_evaluations.tolist() == [evaluations * step for step in result.history.step]
+
+
+def test_train_loss_is_the_mean_of_what_the_steps_returned(digits):
+    class Told(SGD):
+        losses = []
+
+        def step(self, closure):
+            value = super().step(closure)
+            self.losses.append(value.item())
+            return value
+
+    _, result = train(digits, lambda p: Told(p, lr=0.05))
+    per_epoch = len(digits.train_images) // 128
+    means = [sum(Told.losses[i : i + per_epoch]) / per_epoch for i in (0, per_epoch)]
+    assert result.history.train_loss.tolist() == pytest.approx(means, rel=1e-12)
+
+
+def test_an_optimizer_that_returns_nothing(digits):
+    class Silent(SGD):
+        def step(self, closure):
+            super().step(closure)
+
+    net, silent = train(digits, lambda p: Silent(p, lr=0.05))
+    other, told = train(digits, lambda p: SGD(p, lr=0.05))
+    assert same(net, other)
+    assert silent.history.train_loss.tolist() == pytest.approx(told.history.train_loss.tolist())
+
+
+def test_no_validation_images_are_nan_and_not_zero(digits):
+    _, result = train(digits, splits=("val", "test"))
+    assert result.history.val_error.isna().all() and result.history.test_error.notna().all()
+
+
+def test_modes_are_left_as_they_were(digits):
+    net = small_net().eval()
+    net[4].train()
+    train(digits, net=net)
+    assert [module.training for module in net] == [False, False, False, False, True, False]
+
+
+def test_the_last_step_is_always_evaluated_and_others_when_asked(digits):
+    per_epoch = len(digits.train_images) // 128
+    assert train(digits, evaluate_every=0)[1].history.step.tolist() == [2 * per_epoch]
+    steps = train(digits, evaluate_every=0, evaluate_every_steps=7)[1].history.step.tolist()
+    assert steps == sorted({*range(7, 2 * per_epoch, 7), 2 * per_epoch})
+
+
+def test_a_bar_goes_to_stderr_or_nowhere(digits, capsys):
+    train(digits, epochs=1)
+    assert capsys.readouterr() == ("", "")
+    train(digits, epochs=1, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "test_error=" in err
+
+
+class Spoil(Callback):
+    "Make something that is not a number, after so many steps."
+
+    def __init__(self, step, spoil):
+        self.at, self.spoil = step, spoil
+
+    def before_step(self, loop):
+        if loop.step == self.at:
+            self.spoil(loop.model)
+
+
+def overflow_gradient(model):
+    model[5].bias.register_hook(lambda gradient: gradient * math.inf)
+
+
+def test_a_gradient_that_overflows_is_named_and_the_last_good_checkpoint_kept(digits, tmp_path):
+    run = Run(tmp_path, {})
+    with pytest.raises(Diverged) as error:
+        train(digits, run=run, callbacks=[Spoil(12, overflow_gradient)], save_every_steps=5)
+    assert isinstance(error.value, OneLineError) and error.value.step == 13
+    assert str(error.value) == "the gradient of '5.bias' is not finite at step 13; try a smaller learning rate"
+    (row,) = load_runs(tmp_path).to_dict("records")
+    assert (row["status"], row["reason"], row["diverged_at_step"]) == ("diverged", str(error.value), 13)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
+    assert kept["loop"]["step"] == 10
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
+    assert pd.read_csv(tmp_path / "history.csv").step.tolist() == [len(digits.train_images) // 128]
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(OSError, match="holds a run that is diverged"):
+        Run(tmp_path, {})
+
+
+def test_the_patience_of_a_gpu_names_the_same_step_and_saves_nothing_bad(digits, tmp_path, monkeypatch):
+    from flatmin_nb.lab import train as module
+
+    class Patient(module.Guard):
+        def __init__(self, model, device):
+            super().__init__(model, device)
+            self.patience = 50
+
+    monkeypatch.setattr(module, "Guard", Patient)
+    with pytest.raises(Diverged, match="the gradient of '5.bias' is not finite at step 6;"):
+        train(digits, run=Run(tmp_path, {}), callbacks=[Spoil(5, overflow_gradient)])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["loop"]["step"] == 0
+
+
+@torch.no_grad()
+def overflow_statistics(model):
+    model[2].running_mean.fill_(math.nan)  # no gradient ever meets it
+
+
+def test_what_no_gradient_shows_is_not_saved(digits, tmp_path):
+    with pytest.raises(Diverged, match="'model.2.running_mean' is not finite at step 20;"):
+        train(digits, run=Run(tmp_path, {}), callbacks=[Spoil(13, overflow_statistics)])
+    assert load_runs(tmp_path).status.tolist() == ["diverged"]
+
+
+def test_numbers_that_are_large_but_finite_are_no_divergence(digits):
+    class Large(Callback):
+        def before_step(self, loop):
+            loop.model[2].running_mean.fill_(3e38)
+
+    train(digits, callbacks=[Large()])
+
+
+def test_a_checkpoint_of_another_call_is_refused(digits, tmp_path):
+    run = Run(tmp_path, {})
+    train(digits, run=run)
+    net = small_net()
+    with pytest.raises(ValueError, match="only one of the two has 'average'"):
+        train(digits, net=net, run=run, average=AveragedModel(net))
+
+
+def test_a_fitted_run_is_not_trained_again(digits, tmp_path):
+    net, first = train(digits, run=Run(tmp_path, {}), reestimate_batchnorm=True)
+    other, again = train(digits, run=Run(tmp_path, {}), reestimate_batchnorm=True, callbacks=())
+    assert same(net, other)
+    pd.testing.assert_frame_equal(first.history, again.history)
+    assert load_runs(tmp_path).status.tolist() == ["fitted"]
+
+
+def test_evaluation_in_double_precision_and_on_a_net_of_one_layer(digits):
+    double = dataclasses.replace(digits, train_images=digits.train_images.double(), test_images=digits.test_images.double())
+    net, result = train(double, net=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double())
+    loss, error = evaluate(net, double.test_images, double.test_labels, batch_size=7)
+    assert loss == pytest.approx(result.history.test_loss.iloc[-1], rel=1e-12)
+    assert error == result.history.test_error.iloc[-1]

@@ -185,3 +185,18 @@ def test_records_are_strict_json(tmp_path):
 
     json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
     assert load(tmp_path).cap.tolist() == [float("inf")]
+
+
+def test_namesakes_hide_nothing(tmp_path):
+    Run(tmp_path, {"run": 7, "status": "mine", "lr": 0.1, "seconds": 5}).finish(None, None, lr=0.05)
+    (row,) = load(tmp_path).to_dict("records")
+    assert [row[name] for name in ("run", "status", "run_", "status_", "lr", "lr_", "seconds")] == [
+        ".",
+        "finished",
+        7,
+        "mine",
+        0.1,
+        0.05,
+        5,
+    ]
+    assert row["seconds_"] < 5

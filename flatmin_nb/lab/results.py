@@ -343,17 +343,17 @@ def run_folders(
         return run_folders(sorted(glob.glob(str(where), recursive=True)))
     return {path.parent.relative_to(where).as_posix(): path.parent for path in sorted(Path(where).rglob("run.json"))}
 
-# %% ../../nbs/lab/results.ipynb #eb6826ec
-def tidy(record: dict) -> dict:
+# %% ../../nbs/lab/results.ipynb #22134f38
+def tidy(name: str, record: dict) -> dict:
     "One row from a record: its nested parts spread out, and words that stand for infinity and the like as numbers again."
     nested = ("parameters", "summary", "versions")
     facts = {name: value for name, value in record.items() if name not in nested} | {"resumed": len(record.get("resumed", []))}
-    row = {"status": facts.pop("status")}
+    row = {"run": name, "status": facts.pop("status")}
     for part in (*(record.get(name, {}) for name in nested), facts):
-        row |= {name if name not in row else f"{name}_": value for name, value in part.items()}  # nothing is hidden by a namesake
-    return {name: NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+        row |= {key if key not in row else f"{key}_": value for key, value in part.items()}  # nothing is hidden by a namesake
+    return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
-# %% ../../nbs/lab/results.ipynb #e5bd1594
+# %% ../../nbs/lab/results.ipynb #30ec4f2f
 def load(where: Where) -> pd.DataFrame:
     "One row per run below `where`. Only `status` tells whether it is finished; a record that cannot be read is 'unreadable'."
     rows = []
@@ -362,7 +362,7 @@ def load(where: Where) -> pd.DataFrame:
             record = json.loads((folder / "run.json").read_text())
         except ValueError:
             record = {"status": "unreadable"}
-        rows.append({"run": name, **tidy(record)})
+        rows.append(tidy(name, record))
     return pd.DataFrame(rows, columns=None if rows else ["run", "status"])
 
 # %% ../../nbs/lab/results.ipynb #7aa2740a

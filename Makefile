@@ -51,12 +51,16 @@ install: .venv/installed.stamp
 
 # ---- make run --------------------------------------------------------------------------------------------------------
 
-# papermill writes under another name and the finished notebook appears at once, so a run that failed or was killed
-# never looks like a finished one; flock makes a second `make run` wait for one that is still at work
+# papermill writes under another name and the finished notebook appears at once, so a run that failed or was killed never
+# looks like a finished one; flock makes a second `make run` wait for one that is still at work; and nets as small as
+# these are faster on one thread, several times so on a busy machine
+FLOCK := $(shell command -v flock)
 runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(PACKAGE) .venv/installed.stamp
-	@mkdir -p runs/$(NOTEBOOK) && rm -f $@
+	@mkdir -p runs/$(NOTEBOOK)
+	@$(if $(FLOCK),flock --nonblock runs/.lock true || echo "waiting for another run into runs/$(NOTEBOOK) to end")
+	@rm -f $@
 	@echo "papermill nbs/$(NOTEBOOK).ipynb $@ -p L 20"
-	@$(shell command -v flock >/dev/null && echo flock runs/.lock) \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(if $(FLOCK),flock runs/.lock) \
 	  $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb \
 	  -p L 20 -p out runs/$(NOTEBOOK) -p overwrite True \
 	  || { echo "the run stopped: how far it came stands in runs/$(NOTEBOOK).part.ipynb" >&2; exit 1; }

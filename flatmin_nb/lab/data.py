@@ -7,7 +7,6 @@ __all__ = ['FILES', 'DataError', 'ImageSet', 'held_out', 'digits', 'data_folder'
            'standardised', 'contrast_normalised', 'zca', 'whitened', 'Batches', 'CropFlip']
 
 # %% ../../nbs/lab/data.ipynb #9274851a
-import difflib
 import hashlib
 import io
 import os
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from .errors import OneLineError
+from .errors import OneLineError, no_such
 
 # %% ../../nbs/lab/data.ipynb #dd7830b3
 class DataError(OneLineError, ValueError):
@@ -223,9 +222,7 @@ def load(
 def _from_file(name: str, folder: str | os.PathLike | None, download: bool) -> tuple[dict[str, torch.Tensor], int]:
     "The checked tensors of the data file of `name`, and its number of classes."
     if not isinstance(name, str) or name not in FILES:
-        near = difflib.get_close_matches(str(name), ["digits", *FILES], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of digits, {', '.join(FILES)}"
-        raise DataError(f"no image set {name!r}; {hint}")
+        raise DataError(no_such("image set", name, ["digits", *FILES]))
     path = data_folder(folder) / f"{name}.safetensors"
     if not path.exists() and not download:
         raise DataError(f"no {path}; put the file there, set FLATMIN_DATA to the folder that holds it, or allow the download")

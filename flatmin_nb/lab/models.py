@@ -6,7 +6,6 @@
 __all__ = ['MNISTFC', 'LENET', 'MODELS', 'ModelError', 'block', 'mlp', 'mnistfc', 'lenet', 'allcnn', 'build']
 
 # %% ../../nbs/lab/models.ipynb #212aa671
-import difflib
 import inspect
 from collections import OrderedDict
 from itertools import pairwise
@@ -15,7 +14,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from .errors import OneLineError
+from .errors import OneLineError, no_such
 
 # %% ../../nbs/lab/models.ipynb #d8c71195
 class ModelError(OneLineError, ValueError):
@@ -26,9 +25,7 @@ def _chosen(value, choices, what: str):
     "The entry of the dictionary `choices` called `value`, or one line that suggests the nearest."
     if isinstance(value, str) and value in choices:
         return choices[value]
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
-    raise ModelError(f"no {what} {value!r}; {hint}")
+    raise ModelError(no_such(what, value, choices))
 
 
 def _probability(name: str, value: float) -> None:

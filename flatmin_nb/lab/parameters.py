@@ -7,14 +7,13 @@ __all__ = ['ParameterError', 'injected', 'Values', 'check', 'torch_device']
 
 # %% ../../nbs/lab/parameters.ipynb #463fc797
 import ast
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from .errors import OneLineError
+from .errors import OneLineError, no_such
 
 # %% ../../nbs/lab/parameters.ipynb #8e7758d7
 class ParameterError(OneLineError, ValueError):
@@ -61,8 +60,7 @@ def check(
     types = {name: kind for name, kind in namespace["__annotations__"].items() if not name.startswith("_")}
     asked_for = injected(namespace.get("In", []))
     for name in sorted(asked_for - types.keys()):
-        near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-        raise ParameterError(f"no parameter {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(types)}"))
+        raise ParameterError(no_such("parameter", name, types))
     values = {name: namespace[name] for name in types}
     if presets:
         values = _with_preset(values, presets, selector, asked_for)

@@ -73,7 +73,7 @@ def test_a_damaged_data_file(tmp_path, damage):
     flipped = bytearray(whole)
     flipped[-100] ^= 1
     path.write_bytes(whole[:-1000] if damage == "truncated" else bytes(flipped))
-    refused(papermill(tmp_path, "experiment=mnistfc", FLATMIN_DATA=str(tmp_path)), "mnist.safetensors", "delete it")
+    refused(papermill(tmp_path, "experiment=mnistfc", FLATMIN_DATA=str(tmp_path)), "mnist.safetensors", "delete ")
     nothing_looks_finished(tmp_path)
 
 

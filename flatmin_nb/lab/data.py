@@ -336,7 +336,7 @@ class Batches:
         *,
         seed: int = 0,  # of the order and of the augmentation
         replacement: bool = False,  # False: each image at most once in a pass; True: independent draws
-        augment: "CropFlip | None" = None,  # has `choices(count, rng)` and is called with a batch and its choices
+        augment: Callable | None = None,  # has `choices(count, rng)` and is called with a batch and its choices
     ):
         _whole("batch_size", batch_size, least=1)
         _whole("seed", seed, least=0)

@@ -55,7 +55,7 @@ def main(
             if wanted and name not in wanted:
                 return
             print(f"---- {name}", flush=True)
-            started = time.monotonic()
+            started, spent = time.monotonic(), sum(os.times()[2:4])
             status = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL).returncode
             changed = differences(before / unchanged, copy / unchanged) if unchanged else []
             for path in changed:
@@ -63,7 +63,8 @@ def main(
             if status or changed:
                 failed.append(name)
             if name != "pytest":  # says it itself, and has the last word
-                print(f"     {'failed' if status or changed else 'passed'} in {time.monotonic() - started:.1f} s", flush=True)
+                print(f"     {'failed' if status or changed else 'passed'} in {time.monotonic() - started:.1f} s, "
+                      f"{sum(os.times()[2:4]) - spent:.1f} s of processor time", flush=True)
 
         check("ruff", tools / "ruff", "check", "--quiet", "--output-format", "concise", ".")
         check("nbdev_clean", tools / "nbdev_clean", unchanged="nbs")

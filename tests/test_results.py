@@ -9,12 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run, load
+from flatmin_nb.lab.results import Run, histories, load
 
 
 def one_line(error) -> str:
@@ -200,3 +201,14 @@ def test_namesakes_hide_nothing(tmp_path):
         5,
     ]
     assert row["seconds_"] < 5
+
+
+def test_a_run_without_a_row_has_no_history(tmp_path):
+    run = Run(tmp_path / "early", {})
+    run.save_history(pd.DataFrame({"step": [7]}))  # of steps that a resumed run has yet to take again
+    run.finish(None, pd.DataFrame([]), status="diverged")
+    assert not (tmp_path / "early" / "history.csv").exists()
+    Run(tmp_path / "whole", {}).finish(None, pd.DataFrame({"step": [1, 2]}))
+    Run(tmp_path / "blank", {}).finish(None, None)
+    (tmp_path / "blank" / "history.csv").write_text("\n")
+    assert histories(tmp_path).values.tolist() == [["whole", 1], ["whole", 2]]

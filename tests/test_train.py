@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from flatmin_nb.entropy_sgd import EntropySGD
 from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run
+from flatmin_nb.lab.results import Run, histories
 from flatmin_nb.lab.results import load as load_runs
 from flatmin_nb.lab.train import Callback, Diverged, evaluate, fit
 
@@ -143,6 +143,7 @@ def test_the_patience_of_a_gpu_names_the_same_step_and_saves_nothing_bad(digits,
     with pytest.raises(Diverged, match="the gradient of '5.bias' is not finite at step 6;"):
         train(digits, run=Run(tmp_path, {}), callbacks=[Spoil(5, overflow_gradient)])
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["loop"]["step"] == 0
+    assert histories(tmp_path).empty  # no row before step 6
 
 
 @torch.no_grad()

@@ -289,7 +289,10 @@ class Run:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
     def save_history(self, history: pd.DataFrame) -> None:
-        "Replace `history.csv`. Numbers are written so that they are read back exactly."
+        "Replace `history.csv`. Numbers are written so that they are read back exactly; no rows make no file."
+        if history.empty:
+            (self.folder / "history.csv").unlink(missing_ok=True)
+            return
         with written_whole(self.folder / "history.csv") as file:
             history.to_csv(file, index=False)
 
@@ -368,10 +371,9 @@ def load(where: Where) -> pd.DataFrame:
 # %% ../../nbs/lab/results.ipynb #7aa2740a
 def histories(where: Where) -> pd.DataFrame:
     "The histories of the runs below `where`, one below the other, with the name of the run in the column `run`."
-    tables = [
-        pd.read_csv(folder / "history.csv").assign(run=name)  # exact since pandas 3.1
-        for name, folder in run_folders(where).items()
-        if (folder / "history.csv").exists()
-    ]
+    tables = []
+    for name, folder in run_folders(where).items():
+        with suppress(FileNotFoundError, pd.errors.EmptyDataError):  # a run that has no rows yet, or never got any
+            tables.append(pd.read_csv(folder / "history.csv").assign(run=name))  # exact since pandas 3.1
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
     return table[["run", *table.columns.drop("run")]]

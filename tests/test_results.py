@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run, histories, load
+from flatmin_nb.lab.results import Run, commit, histories, load
 
 
 def one_line(error) -> str:
@@ -212,3 +212,23 @@ def test_a_run_without_a_row_has_no_history(tmp_path):
     Run(tmp_path / "blank", {}).finish(None, None)
     (tmp_path / "blank" / "history.csv").write_text("\n")
     assert histories(tmp_path).values.tolist() == [["whole", 1], ["whole", 2]]
+
+
+def test_a_run_without_a_checkpoint_or_a_result_blocks_nothing(tmp_path):
+    Run(tmp_path, {"batch_size": 5000}).close()
+    run = Run(tmp_path, {"batch_size": 50})
+    assert (run.record["parameters"], run.record["resumed"]) == ({"batch_size": 50}, [])
+    run.finish(nn.Linear(2, 1), None, status="fitted")  # weights are something to lose
+    with pytest.raises(OSError, match="an unfinished run with batch_size = 50, not 5"):
+        Run(tmp_path, {"batch_size": 5})
+
+
+def test_the_commit_of_code_without_git_is_what_the_environment_says(tmp_path, monkeypatch):
+    file = tmp_path / "code.py"
+    file.touch()
+    monkeypatch.delenv("FLATMIN_COMMIT", raising=False)
+    assert commit(file) == ""
+    monkeypatch.setenv("FLATMIN_COMMIT", "0123abc")
+    assert commit(file) == "0123abc"
+    monkeypatch.setenv("PATH", str(tmp_path))  # git is not even installed
+    assert commit(file) == "0123abc"

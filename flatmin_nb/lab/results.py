@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_FINITE', 'FILES', 'UNFINISHED', 'Where', 'written_whole', 'plain', 'versions', 'device_name', 'commit',
            'FolderError', 'claimed', 'read_record', 'refuse_to_lose', 'write_record', 'erase', 'WandbError',
-           'check_wandb', 'start_wandb', 'now', 'new_record', 'resumed', 'opened', 'Run', 'run_folders', 'tidy', 'load',
-           'histories']
+           'check_wandb', 'start_wandb', 'now', 'new_record', 'resumed', 'nothing_to_lose', 'opened', 'Run',
+           'run_folders', 'tidy', 'load', 'histories']
 
 # %% ../../nbs/lab/results.ipynb #e1a24047
 import glob
@@ -96,7 +96,7 @@ def device_name(device: torch.device | str = "cpu") -> str:
 def commit(
     file: Path,  # a source file
 ) -> str:
-    "The git commit that `file` is of, with '-dirty' when tracked files were edited since; '' where git tracks no such file."
+    "The git commit that `file` is of, with '-dirty' when tracked files were edited since; $FLATMIN_COMMIT or '' where git tracks no such file."
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True).stdout.strip()
@@ -105,7 +105,7 @@ def commit(
         git("ls-files", "--error-unmatch", file.name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("FLATMIN_COMMIT", "")
 
 # %% ../../nbs/lab/results.ipynb #7ac25ff2
 class FolderError(OneLineError, OSError):
@@ -230,10 +230,16 @@ def resumed(record: dict) -> dict:
     return record | {"status": "running", "resumed": [*record["resumed"], {"at": here["started"], **changed}]}
 
 # %% ../../nbs/lab/results.ipynb #c7d30d2c
+def nothing_to_lose(record: dict, folder: Path) -> bool:
+    "Whether `record` is of a run that was being replaced, or that ended before there was a checkpoint or a result."
+    made = any((folder / name).exists() for name in FILES if name != "run.json")
+    return record["status"] == "replaced" or record["status"] in UNFINISHED and not made
+
+
 def opened(folder: Path, parameters: dict, tag: str, overwrite: bool) -> dict:
     "The record to go on with in `folder`: a new one, or that of the unfinished run there. FolderError if one would be lost."
     record = None if overwrite else read_record(folder)
-    if record is None or record["status"] == "replaced":
+    if record is None or nothing_to_lose(record, folder):
         erase(folder)
         return new_record(parameters, tag)
     refuse_to_lose(record, parameters, folder)

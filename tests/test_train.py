@@ -146,6 +146,14 @@ def test_the_patience_of_a_gpu_names_the_same_step_and_saves_nothing_bad(digits,
     assert histories(tmp_path).empty  # no row before step 6
 
 
+def test_a_gradient_that_is_large_but_finite_is_no_divergence(digits):
+    net = small_net()
+    net[5].weight.register_hook(lambda gradient: gradient.sign() * 1e20)  # its square is no float32 any more
+    net.register_parameter("nothing", nn.Parameter(torch.empty(0)))  # it has no largest entry
+    train(digits, lambda p: SGD(p, lr=1e-30), net=net, epochs=1, loss=lambda *a: nn.functional.cross_entropy(*a) + net.nothing.sum())
+    assert net[5].weight.grad.abs().max() == 1e20
+
+
 @torch.no_grad()
 def overflow_statistics(model):
     model[2].running_mean.fill_(math.nan)  # no gradient ever meets it
@@ -163,6 +171,13 @@ def test_numbers_that_are_large_but_finite_are_no_divergence(digits):
             loop.model[2].running_mean.fill_(3e38)
 
     train(digits, callbacks=[Large()])
+
+
+def test_a_run_that_was_refused_before_its_first_step_can_be_corrected(digits, tmp_path):
+    with pytest.raises(OneLineError, match="batch_size 5000 is larger"):
+        train(digits, run=Run(tmp_path, {"batch_size": 5000}), batch_size=5000)
+    train(digits, run=Run(tmp_path, {"batch_size": 500}), batch_size=500)
+    assert load_runs(tmp_path)[["batch_size", "status"]].values.tolist() == [[500, "fitted"]]
 
 
 def test_a_checkpoint_of_another_call_is_refused(digits, tmp_path):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['random_state_kept', 'modes_kept', 'evaluate', 'batchnorms', 'reestimate', 'statistics_kept', 'Loop', 'Callback',
-           'measured', 'Ledger', 'Diverged', 'Guard', 'tensors', 'Keeper', 'Fit', 'due', 'divergence_recorded',
-           'steps_shown', 'report', 'completed', 'fit']
+           'measured', 'Ledger', 'Diverged', 'largest', 'Guard', 'tensors', 'Keeper', 'Fit', 'due',
+           'divergence_recorded', 'steps_shown', 'report', 'completed', 'fit']
 
 # %% ../../nbs/lab/train.ipynb #5d263595
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -251,6 +252,13 @@ class Diverged(OneLineError, ArithmeticError):
         self.what, self.step = what, step
 
 # %% ../../nbs/lab/train.ipynb #5a1bf940
+def largest(gradients: list[Tensor]) -> Sequence[Tensor]:
+    "The largest absolute value in each gradient, NaN if there is a NaN; no wait for the device."
+    if gradients and gradients[0].is_cuda:
+        return torch._foreach_norm(gradients, math.inf)  # one kernel for all; on a CPU it is far slower than what follows
+    return [gradient.abs().amax() for gradient in gradients]
+
+
 class Guard:
     "Watches the losses and gradients of each step."
 
@@ -260,11 +268,11 @@ class Guard:
         self.pending: list[tuple[int, list[str], Tensor]] = []  # step, names, numbers
 
     def watch(self, loop: Loop) -> None:
-        "Take down the losses and the norms of the gradients of the step that was taken; look when it is time."
-        graded = [(f"the gradient of '{name}'", value.grad) for name, value in self.parameters if value.grad is not None]
-        norms = torch._foreach_norm([gradient for _, gradient in graded]) if graded else []  # on a GPU, one kernel for all
-        names = [name for name, _ in graded] + ["the loss"] * len(loop.losses)
-        self.pending.append((loop.step, names, torch.stack([*norms, *loop.losses])))
+        "Take down the losses and the largest gradients of the step that was taken; look when it is time."
+        graded = [(name, value.grad) for name, value in self.parameters if value.grad is not None and value.numel()]
+        names = [f"the gradient of '{name}'" for name, _ in graded] + ["the loss"] * len(loop.losses)
+        numbers = largest([gradient for _, gradient in graded])
+        self.pending.append((loop.step, names, torch.stack([*numbers, *loop.losses])))
         if len(self.pending) >= self.patience:
             self.look()
 
@@ -302,7 +310,7 @@ class Keeper:
         "Save a checkpoint. Raises Diverged instead if a number in it is not finite."
         state = {name: part.state_dict() for name, part in self.parts.items()}
         for name, tensor in tensors({part: state[part] for part in ("model", "optimizer", "average") if part in state}):
-            # the norm is ten times as fast, and finite only if all numbers are; a finite number may still be too large for it
+            # the norm is the faster of the two, and finite only if all numbers are; a finite number may still be too large for it
             if tensor.is_floating_point() and not tensor.norm().isfinite() and not tensor.isfinite().all():
                 raise Diverged(f"'{name}'", step)
         if self.run is not None:

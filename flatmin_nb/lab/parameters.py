@@ -58,10 +58,16 @@ def check(
 ) -> Values:
     "The checked values of the annotated parameters in `namespace`; `ParameterError` in one line where one does not fit."
     types = {name: kind for name, kind in namespace["__annotations__"].items() if not name.startswith("_")}
+    for name in [*limits, *([selector] if presets else []), *(name for preset in (presets or {}).values() for name in preset)]:
+        if name not in types:
+            raise TypeError(f"a limit or a preset is for {no_such('parameter', name, types)}")
     asked_for = injected(namespace.get("In", []))
     for name in sorted(asked_for - types.keys()):
         raise ParameterError(no_such("parameter", name, types))
     values = {name: namespace[name] for name in types}
+    for name in asked_for:  # papermill made a number of the words 3 and 007
+        if types[name] is str and type(values[name]) is int:
+            values[name] = str(values[name])
     if presets:
         values = _with_preset(values, presets, selector, asked_for)
     choices = {name: Literal[allowed] for name, allowed in limits.items() if isinstance(allowed, tuple)}
@@ -72,16 +78,16 @@ def check(
         raise _one_line(error) from None
 
 # %% ../../nbs/lab/parameters.ipynb #79424ea1
-def torch_device(name: str) -> torch.device:  # "cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator if there is one
+def torch_device(name: str) -> torch.device:  # "cpu", "cuda", "cuda:1"; "auto" is cuda where there is one, else cpu
     "The device `name`, if torch can use it here; `ParameterError` in one line if not."
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ParameterError(f"parameter 'device' = {name!r}: not a device; use cpu, cuda, cuda:1 or auto") from None
-    available = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
-    if device.type != "cpu" and (device.index or 0) >= available:
+    if device.type not in ("cpu", "cuda"):
+        raise ParameterError(f"parameter 'device' = {name!r}: training needs float64, which is sure on cpu and cuda alone; use -p device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (available := torch.cuda.device_count()):
         raise ParameterError(f"parameter 'device' = {name!r}: torch sees {available} such devices here; use -p device cpu")
     return device

@@ -1,4 +1,4 @@
-# A container for a machine with or without a GPU: docker build -t flatmin_nb . ; how to run it stands in README.md.
+# A container for a machine with or without a GPU: how to build and run it stands in README.md.
 # The CUDA libraries come with the pinned torch wheels, so a plain Python image is CUDA-capable as soon as the NVIDIA
 # container toolkit hands in the driver (`--gpus all`); a CUDA base image would carry the same gigabytes a second time.
 FROM python:3.12.12-slim-bookworm
@@ -54,6 +54,10 @@ RUN make install \
 
 COPY --chown=flatmin:flatmin . .
 RUN ln -s /flatmin/runs runs
+
+# .dockerignore leaves .git out, so what the records say of the commit comes from outside; last, as it changes each time
+ARG COMMIT=
+ENV FLATMIN_COMMIT=$COMMIT
 
 VOLUME ["/flatmin"]
 EXPOSE 8888

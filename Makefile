@@ -10,7 +10,9 @@ SHELL := /bin/bash
 PYTHON ?=                    # the interpreter that .venv is made with; empty: the first of CANDIDATES that will do
 CANDIDATES := python3 python3.13 python3.12 python3.11
 BIN := .venv/bin
-SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+# the Pythons that the versions of constraints.txt were checked on
+PINNED := sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+SUITABLE := import ensurepip, venv, sys; $(PINNED)
 
 NOTEBOOK := 02_entropy_sgd
 PACKAGE := $(shell find flatmin_nb -name '*.py')
@@ -29,12 +31,12 @@ help:
 # ---- the environment -------------------------------------------------------------------------------------------------
 
 .venv/made.stamp:
-	@if ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	@if ! $(BIN)/python -c 'import pip, sys; $(PINNED)' 2>/dev/null; then \
 	  found=; for candidate in $(or $(strip $(PYTHON)),$(CANDIDATES)); do \
 	    if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "flatmin_nb needs Python 3.11 or later with its venv module, and $(or $(strip $(PYTHON)),none of $(CANDIDATES)) is one: install it (Debian: apt install python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+	    echo "flatmin_nb needs Python 3.11, 3.12 or 3.13 with its venv module, and $(or $(strip $(PYTHON)),none of $(CANDIDATES)) is one: install it (Debian: apt install python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi
@@ -55,14 +57,13 @@ install: .venv/installed.stamp
 # looks like a finished one; flock makes a second `make run` wait for one that is still at work; and nets as small as
 # these are faster on one thread, several times so on a busy machine
 FLOCK := $(shell command -v flock)
-runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(PACKAGE) .venv/installed.stamp
+PAPERMILL := $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb -p L 20 -p out runs/$(NOTEBOOK) -p overwrite True
+runs/$(NOTEBOOK).ipynb: nbs/$(NOTEBOOK).ipynb $(wildcard results/*.csv) $(PACKAGE) .venv/installed.stamp
 	@mkdir -p runs/$(NOTEBOOK)
 	@$(if $(FLOCK),flock --nonblock runs/.lock true || echo "waiting for another run into runs/$(NOTEBOOK) to end")
 	@rm -f $@
-	@echo "papermill nbs/$(NOTEBOOK).ipynb $@ -p L 20"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(if $(FLOCK),flock runs/.lock) \
-	  $(BIN)/papermill nbs/$(NOTEBOOK).ipynb runs/$(NOTEBOOK).part.ipynb \
-	  -p L 20 -p out runs/$(NOTEBOOK) -p overwrite True \
+	@echo "OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PAPERMILL)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(if $(FLOCK),flock runs/.lock) $(PAPERMILL) \
 	  || { echo "the run stopped: how far it came stands in runs/$(NOTEBOOK).part.ipynb" >&2; exit 1; }
 	@mv runs/$(NOTEBOOK).part.ipynb $@
 

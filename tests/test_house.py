@@ -196,7 +196,7 @@ echo '{}' > "$2"
 def project(tmp_path):
     "A project in which papermill and Python are stand-ins, so that make's own behaviour can be tried in milliseconds."
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for path in ("nbs/02_entropy_sgd.ipynb", "flatmin_nb/__init__.py", "settings.ini", "setup.py", "constraints.txt"):
+    for path in ("nbs/02_entropy_sgd.ipynb", "flatmin_nb/__init__.py", "settings.ini", "setup.py", "constraints.txt", "results/entropy_sgd.csv"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     tools = tmp_path / ".venv/bin"
@@ -210,13 +210,18 @@ def project(tmp_path):
 
 
 def test_make_run_runs_once(project):
-    result = run("make", "run", folder=project)
+    result = run("make", "run", folder=project, OMP_NUM_THREADS="1")
     assert result.returncode == 0 and "the summary" in result.stdout, result.stderr
-    assert "-p L 20 -p out runs/02_entropy_sgd -p overwrite True" in (project / "arguments.txt").read_text()
+    arguments = (project / "arguments.txt").read_text().strip()
+    assert "-p L 20 -p out runs/02_entropy_sgd -p overwrite True" in arguments
+    assert f"OMP_NUM_THREADS=1 .venv/bin/papermill {arguments}" in result.stdout.splitlines()  # the very command
     assert [path.name for path in (project / "runs").glob("*.ipynb")] == ["02_entropy_sgd.ipynb"]
     again = run("make", "run", folder=project)
     assert again.returncode == 0 and "the summary" in again.stdout
     assert (project / "calls.txt").read_text().count("called") == 1
+    (project / "results/entropy_sgd.csv").write_text("the notebook reads this\n")
+    run("make", "run", folder=project)
+    assert (project / "calls.txt").read_text().count("called") == 2
 
 
 def test_a_failed_run_does_not_look_finished(project):
@@ -231,15 +236,16 @@ def test_a_failed_run_does_not_look_finished(project):
     assert (project / "runs/02_entropy_sgd.ipynb").exists()
 
 
-def test_an_old_python_is_refused_in_one_line(project, tmp_path):
+@pytest.mark.parametrize("version", [(3, 10), (3, 14)])
+def test_a_python_without_pins_is_refused_in_one_line(project, version):
     shutil.rmtree(project / ".venv")
-    for candidate in ("python3", "python3.11", "python3.12", "python3.13"):
-        (project / candidate).write_text("#!/bin/bash\nexit 1\n")
+    for candidate in ("python3", "python3.11", "python3.12", "python3.13"):  # this Python, which says that it is another
+        (project / candidate).write_text(f"""#!/bin/bash\nexec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n""")
         (project / candidate).chmod(0o755)
     for arguments in ([], ["PYTHON=python3.12"]):
         result = run("make", "install", *arguments, folder=project, PATH=f"{project}:/usr/bin:/bin")
         lines = [line for line in result.stderr.splitlines() if not line.startswith("make:")]
-        assert result.returncode != 0 and len(lines) == 1 and "needs Python 3.11 or later" in lines[0], result.stderr
+        assert result.returncode != 0 and len(lines) == 1 and "needs Python 3.11, 3.12 or 3.13" in lines[0], result.stderr
     assert not (project / ".venv/made.stamp").exists()
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-# %% ../nbs/02_entropy_sgd.ipynb #5564bc4f
+# %% ../nbs/02_entropy_sgd.ipynb #4f32cdf8
 SCHEDULES: dict[str, Callable[[float, int], float]] = {  # growth of the scope from gamma_1 and the outer step t
     "constant": lambda gamma_1, t: 1.0,
     "exponential": lambda gamma_1, t: math.exp(min(t * math.log1p(gamma_1), 700.0)),  # 700: short of overflow
@@ -32,7 +32,7 @@ def scope(
     schedule: str = "exponential",
     gamma_max: float = math.inf,
 ) -> float:
-    "The scope gamma(t) (section 4.3 of the paper), at most `gamma_max`."
+    "The scope gamma(t) (the paper's section on scoping), at most `gamma_max`."
     return min(gamma * SCHEDULES[schedule](scoping, t), gamma_max)
 
 # %% ../nbs/02_entropy_sgd.ipynb #0b0ea637
@@ -43,7 +43,7 @@ def noise_seed(seed: int, outer_step: int, walk: int) -> int:
     "The seed of one walk's noise at one outer step; 32 bits, for the CPU generator uses no more."
     return int(np.random.SeedSequence((seed, outer_step, walk)).generate_state(1)[0])
 
-# %% ../nbs/02_entropy_sgd.ipynb #dcc25630
+# %% ../nbs/02_entropy_sgd.ipynb #de8b458b
 class _Walk:
     "The Langevin walk of some parameters of one group, all on one device and of one dtype."
 
@@ -54,6 +54,7 @@ class _Walk:
         pieces = self.noise.split([p.numel() for p in params])
         self.noise_by_parameter = [piece.view(p.shape) for piece, p in zip(pieces, params)]
         self.generator = torch.Generator(params[0].device)
+        self.touched: set[Tensor] = set()  # the parameters that had a gradient in this outer step
 
     def start(self) -> None:
         "Put x' and mu at x, and the momentum at zero."
@@ -64,44 +65,56 @@ class _Walk:
         self.gamma = scope(group["outer_steps"], *(group[name] for name in ("gamma", "scoping", "schedule", "gamma_max")))
         self.std = group["noise"] * math.sqrt(NOISE_CONVENTIONS[group["noise_convention"]] * group["inner_lr"])
         self.generator.manual_seed(noise_seed(group["seed"], group["outer_steps"], self.index))
+        self.touched.clear()
 
     def move(self) -> None:
         "One Langevin step from the gradients that lie in `grad`; then mu follows."
         group = self.group
+        self.touched.update(p for p in self.params if p.grad is not None)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        self._pull()
+        decay = group["inner_weight_decay"]
+        if decay and group["decay_in_momentum"]:  # here, for the pull is about to move the parameters
+            gradients = torch._foreach_add(gradients, self.params, alpha=decay)
+        self._pull(0.0 if group["decay_in_momentum"] else decay)
         momentum = group["inner_momentum"]
         sgd(
             self.params, gradients, self.velocity if momentum else [None] * len(gradients),
-            lr=group["inner_lr"], momentum=momentum, nesterov=group["inner_nesterov"] and momentum > 0, dampening=0.0, maximize=False,
-            weight_decay=group["inner_weight_decay"] if group["decay_in_momentum"] else 0.0,
-            fused=self.params[0].device.type in ("cpu", "cuda") or None,  # elsewhere torch chooses
+            lr=group["inner_lr"], momentum=momentum, nesterov=group["inner_nesterov"] and momentum > 0,
+            dampening=0.0, weight_decay=0.0, maximize=False, **self._kernel(gradients),
         )  # fmt: skip
         if self.std:
             self.noise.normal_(generator=self.generator)
             torch._foreach_add_(self.params, self.noise_by_parameter, alpha=self.std)
         torch._foreach_lerp_(self.mu, self.params, group["averaging"])
 
-    def _pull(self) -> None:
-        "x' <- x' + eta' gamma (x - x'), and the weight decay where it is kept out of the momentum."
-        eta_gamma = self.group["inner_lr"] * self.gamma
-        decay = 0.0 if self.group["decay_in_momentum"] else self.group["inner_lr"] * self.group["inner_weight_decay"]
+    def _kernel(self, gradients: list[Tensor]) -> dict[str, bool]:
+        "The fused kernel, if everything lies in memory alike: it walks over memory and does not look at strides."
+        alike = all(p.stride() == g.stride() == v.stride() for p, g, v in zip(self.params, gradients, self.velocity))
+        return {"fused": True} if alike and self.params[0].device.type in ("cpu", "cuda") else {"foreach": True}
+
+    def _pull(self, decay: float) -> None:
+        "x' <- x' + eta' gamma (x - x') - eta' decay x'."
+        eta = self.group["inner_lr"]
         if decay:
-            torch._foreach_mul_(self.params, 1 - eta_gamma - decay)
-            torch._foreach_add_(self.params, self.x, alpha=eta_gamma)
+            torch._foreach_mul_(self.params, 1 - eta * self.gamma - eta * decay)
+            torch._foreach_add_(self.params, self.x, alpha=eta * self.gamma)
         else:
-            torch._foreach_lerp_(self.params, self.x, eta_gamma)
+            torch._foreach_lerp_(self.params, self.x, eta * self.gamma)
 
     def finish(self) -> None:
         "Put the parameters back at x, to the bit, and leave x - mu in `grad`."
         torch._foreach_copy_(self.params, self.x)
+        self.leave_difference()
+
+    def leave_difference(self) -> None:
+        "Leave x - mu in `grad`, but nothing where no evaluation of this outer step gave a gradient."
         difference = torch._foreach_sub(self.x, self.mu)
         if self.group["multiply_by_gamma"]:
             torch._foreach_mul_(difference, self.gamma)
         for p, d in zip(self.params, difference):
-            p.grad = d
+            p.grad = d if p in self.touched else None
 
-# %% ../nbs/02_entropy_sgd.ipynb #eddc8e70
+# %% ../nbs/02_entropy_sgd.ipynb #20727bf2
 class LocalEntropy:
     """Puts in front of a `torch.optim` optimizer: its step then takes x - mu, the local-entropy gradient of Entropy-SGD, for the gradient.
 
@@ -150,10 +163,17 @@ class LocalEntropy:
         if "L" in self.defaults:  # not yet, while torch's own constructor runs
             self._check(self.param_groups[-1])
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of the plain optimizer lacks the options of the walk
+            group |= self.defaults | group
+
     def _check(self, group: dict) -> None:
         _check_options(group)
         if any(group[name] != self.param_groups[0][name] for name in ("L", "extra_evaluation")):
             raise ValueError("L and extra_evaluation must be the same in all parameter groups, which share one closure")
+        if group["L"] and (group.get("maximize") or group.get("differentiable")):
+            raise ValueError("maximize and differentiable go with L = 0 alone: the walk descends, and keeps no graph")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -167,29 +187,29 @@ class LocalEntropy:
             raise ValueError("step needs a closure that draws the next minibatch, calls backward and returns the loss: it is called L times")
         evaluate = torch.enable_grad()(closure)
         losses = [evaluate() for _ in range(common["extra_evaluation"])]
-        losses += [evaluate()]
         walks = self._walks()
         for walk in walks:
             walk.start()
-            walk.move()
-        for _ in range(common["L"] - 1):
-            evaluate()
+        for _ in range(common["L"]):
+            losses.append(evaluate())
             for walk in walks:
                 walk.move()
         for walk in walks:
             walk.finish()
         outer_step(self)
+        for walk in walks:  # again, for some of torch's steps use `grad` as scratch
+            walk.leave_difference()
         for group in self.param_groups:
             group["outer_steps"] += 1
         return losses[0]
 
     def _walks(self) -> list[_Walk]:
-        "One walk for each group, device and dtype among the parameters that got a gradient; built again only when these change."
+        "One walk for each group, device and dtype among the parameters; built again only when these change."
         active = [
             (group, list(params))
             for group in self.param_groups
             for _, params in itertools.groupby(
-                sorted((p for p in group["params"] if p.grad is not None), key=_device_and_dtype), key=_device_and_dtype
+                sorted((p for p in group["params"] if p.requires_grad), key=_device_and_dtype), key=_device_and_dtype
             )
         ]
         signature = [(id(group), [(id(p), p.data_ptr()) for p in params]) for group, params in active]

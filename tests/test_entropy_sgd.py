@@ -229,3 +229,57 @@ def test_walks_of_different_seeds_and_steps_draw_different_noise():
             take(optimizer, [w])
             displacements.append(w.grad.clone())
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(displacements, 2))
+
+
+@pytest.mark.parametrize("layout", ["sliced weights", "gradient laid out differently"])
+def test_weights_and_gradients_that_lie_in_memory_unlike_take_the_right_step(layout):
+    "The fused kernel walks over memory and would pair the wrong numbers, without a word."
+    base = torch.ones(3, 6)
+    w = nn.Parameter(base[:, ::2] if layout == "sliced weights" else torch.ones(3, 3))
+    gradient = torch.arange(9.0).view(3, 3)
+    optimizer = EntropySGD([w], lr=1.0, L=1, noise=0.0, gamma=0.0, averaging=1.0, inner_momentum=0.0, inner_lr=0.1)
+
+    def closure():
+        w.grad = gradient if layout == "sliced weights" else gradient.t().contiguous().t()
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), 1 - 0.1 * gradient)
+    assert (base[:, 1::2] == 1).all()  # the other columns belong to somebody else
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_grad_holds_x_minus_mu_after_the_step_whatever_torch_does_with_it(foreach):
+    w = torch.full((3,), 1.0, requires_grad=True)
+    optimizer = EntropySGD([w], lr=0.1, L=1, noise=0.0, gamma=0.0, averaging=1.0, inner_momentum=0.0, momentum=0.9, nesterov=True, foreach=foreach)
+    take(optimizer, [w])
+    torch.testing.assert_close(w.grad, torch.full((3,), 0.2))  # x - x' = eta' grad f
+
+
+def test_a_parameter_that_joins_late_walks_with_the_others():
+    early, late, calls = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True), itertools.count()
+
+    def closure():
+        early.grad, late.grad = torch.ones(2), torch.full((2,), 100.0) if next(calls) % 2 else None
+        return torch.zeros(())
+
+    EntropySGD([early, late], lr=1.0, L=2, noise=0.0, gamma=0.0, averaging=1.0, inner_momentum=0.0, inner_lr=0.001).step(closure)
+    torch.testing.assert_close(late.detach(), torch.full((2,), 0.9))  # one inner step of 0.001 * 100, not an outer one of 100
+
+
+@pytest.mark.parametrize("option", ["maximize", "differentiable"])
+def test_options_that_the_walk_cannot_follow_are_refused(option):
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match=option):
+        EntropySGD([w], **{option: True})
+    EntropySGD([w], L=0, **{option: True})
+
+
+def test_the_state_of_plain_sgd_can_be_gone_on_with():
+    w = torch.ones(3, requires_grad=True)
+    plain = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    take(plain, [w])
+    optimizer = EntropySGD([w], lr=0.1, momentum=0.9, L=3)
+    optimizer.load_state_dict(plain.state_dict())
+    take(optimizer, [w])
+    assert optimizer.param_groups[0]["L"] == 3 and optimizer.param_groups[0]["outer_steps"] == 1

@@ -1,0 +1,40 @@
+"""What several test files share: papermill on the notebook as a user calls it, and a data file of the real form."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatmin_nb.lab.data import write
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs" / "02_entropy_sgd.ipynb"
+
+
+@pytest.fixture
+def papermill(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    "papermill on the notebook, records in tmp_path/out; parameters as on the command line: 'L=20'; keywords for the environment."
+
+    def call(*parameters: str, **environment: str) -> subprocess.CompletedProcess:
+        options = [word for parameter in parameters for word in ("-p", *parameter.split("=", 1))]
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOK), str(tmp_path / "executed.ipynb")]
+        command += ["-p", "out", str(tmp_path / "out"), *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
+
+    return call
+
+
+@pytest.fixture
+def small_mnist(tmp_path) -> Path:
+    "mnist.safetensors in tmp_path, of the right form and with its checksum beside it, with a few images of noise."
+    random = torch.Generator().manual_seed(0)
+    shapes = {"images": (64, 1, 28, 28), "labels": (64,)}
+    tensors = {
+        f"{split}_{part}": torch.randint(10, shape, dtype=torch.uint8, generator=random)
+        for split in ("train", "test") for part, shape in shapes.items()
+    }  # fmt: skip
+    write(tmp_path / "mnist.safetensors", tensors)
+    return tmp_path / "mnist.safetensors"

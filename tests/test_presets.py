@@ -1,0 +1,35 @@
+"""The presets of the notebook really run: a tiny set of the real form through papermill, and a step of the net that needs CIFAR-10."""
+
+import json
+
+import pytest
+import torch
+
+from flatmin_nb.entropy_sgd import EntropySGD
+from flatmin_nb.lab.data import ImageSet
+from flatmin_nb.lab.models import build
+from flatmin_nb.lab.train import fit
+
+
+@pytest.mark.parametrize("experiment", ["mnistfc", "lenet"])
+def test_a_preset_on_mnist(papermill, small_mnist, tmp_path, experiment):
+    small = ("epochs=1", "L=1", "batch_size=32", "lr_milestones=2", "tag=7", "methods=entropy_sgd adam")
+    result = papermill(f"experiment={experiment}", *small, FLATMIN_DATA=str(small_mnist.parent))
+    assert result.returncode == 0, result.stderr
+    records = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}
+    assert {method: record["status"] for method, record in records.items()} == {"entropy_sgd": "finished", "adam": "finished"}
+    for record in records.values():
+        assert record["parameters"]["model"] == experiment
+        assert record["summary"]["gradient_evaluations"] == 2  # 64 images in batches of 32
+        assert record["tag"] == "7"  # text, though papermill passes a number
+
+
+def test_one_step_of_allcnn():
+    x, y = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    images = ImageSet("noise", x, y, x[:0], y[:0], x, y, num_classes=10)
+    net = build("allcnn", seed=0)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    result = fit(net, EntropySGD(net.parameters(), L=1), images, epochs=1, batch_size=16, splits=("test",), progress=False)
+    assert (result.steps, result.gradient_evaluations) == (1, 1)
+    assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    assert result.history[["train_loss", "test_loss"]].notna().all(axis=None)

@@ -1,0 +1,110 @@
+"""What only a CUDA device can show: no step waits for the device, the numbers are those of the CPU, and a run resumes."""
+
+import itertools
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from flatmin_nb.entropy_sgd import EntropySGD
+from flatmin_nb.lab.data import load, scaled
+from flatmin_nb.lab.results import Run
+from flatmin_nb.lab.train import Callback, fit, largest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+
+def small_net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 10))
+
+
+def closure_for(net, optimizer, x, y):
+    "A closure that goes round the batches of `x` [batches, B, ...] and never asks the device for a number."
+    batches = itertools.cycle(zip(x.unbind(), y.unbind()))
+
+    def closure():
+        images, labels = next(batches)
+        optimizer.zero_grad()
+        loss = cross_entropy(net(images), labels)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def noise_images(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 32, 1, 8, 8, generator=generator, dtype=torch.float64), torch.randint(10, (7, 32), generator=generator)
+    return x.to(device, dtype), y.to(device)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_step_does_not_wait_for_the_device(extra):
+    net = small_net().cuda()
+    optimizer = EntropySGD(net.parameters(), lr=0.5, L=3, noise=1e-3, extra_evaluation=extra, momentum=0.9, nesterov=True)
+    closure = closure_for(net, optimizer, *noise_images("cuda", torch.float32))
+    optimizer.step(closure)  # libraries start and buffers are made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            loss = optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(loss.item())
+
+
+def test_steps_agree_with_the_cpu():
+    here, there = small_net().double(), small_net().double().cuda()
+    for net in (here, there):
+        net[4].p = 0.0  # the two devices draw different random numbers
+        optimizer = EntropySGD(net.parameters(), lr=0.5, L=4, noise=0.0, momentum=0.9, nesterov=True, inner_weight_decay=1e-3)
+        closure = closure_for(net, optimizer, *noise_images(net[1].weight.device, torch.float64))
+        for _ in range(5):
+            optimizer.step(closure)
+    for name, tensor in here.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[name].cpu(), tensor, rtol=1e-9, atol=1e-11)
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.at = step
+
+    def after_step(self, loop):
+        if loop.step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
+    digits = scaled(load("digits")).to("cuda")
+
+    def train(name, stop=None):
+        net = small_net().cuda()
+        run = Run(tmp_path / name, {"method": "entropy_sgd"})
+        optimizer = EntropySGD(net.parameters(), lr=0.5, L=2)
+        return net, fit(
+            net, optimizer, digits, epochs=2, seed=1, run=run, save_every_steps=4, splits=("test",), callbacks=[Stop(stop)], progress=False
+        )
+
+    whole, expected = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", stop=7)
+    run = Run(tmp_path / "cut", {"method": "entropy_sgd"})
+    assert run.checkpoint()["parts"]["loop"]["step"] == 4 and run.checkpoint()["random_cuda"] is not None
+    net, resumed = train("cut")
+    # the same dropout and noise to the bit; sums on a GPU may differ in their last ones, other random numbers would in the first
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    columns = [column for column in expected.history if column not in ("seconds", "test_error")]
+    pd.testing.assert_frame_equal(resumed.history[columns], expected.history[columns], check_exact=False, rtol=1e-4)
+
+
+def test_what_is_not_finite_shows_in_the_largest_entries():
+    huge, wrong = torch.full((3,), 1e20, device="cuda"), torch.tensor([[1.0, math.nan]], device="cuda")
+    seen = torch.stack(list(largest([huge, wrong, -huge / 0, huge.double()]))).isfinite()
+    assert seen.tolist() == [True, False, False, True]

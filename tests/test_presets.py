@@ -1,6 +1,7 @@
 """The presets of the notebook really run: a tiny set of the real form through papermill, and a step of the net that needs CIFAR-10."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from flatmin_nb.entropy_sgd import EntropySGD
 from flatmin_nb.lab.data import ImageSet
 from flatmin_nb.lab.models import build
 from flatmin_nb.lab.train import fit
+
+NOTEBOOK = Path(__file__).parent.parent / "nbs" / "02_entropy_sgd.ipynb"
 
 
 @pytest.mark.parametrize("experiment", ["mnistfc", "lenet"])
@@ -33,3 +36,15 @@ def test_one_step_of_allcnn():
     assert (result.steps, result.gradient_evaluations) == (1, 1)
     assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
     assert result.history[["train_loss", "test_loss"]].notna().all(axis=None)
+
+
+def test_the_parameters_cell_shows_the_first_preset():
+    "`check` tells by it what the user left alone, so the two must not drift apart."
+    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+    shown, told = {}, {}
+    exec(next(source for source in sources if source.startswith("experiment: str")), shown)
+    exec(next(source for source in sources if "EXPERIMENTS = {" in source), told)
+    name, first = next(iter(told["EXPERIMENTS"].items()))
+    assert name == shown["experiment"]
+    assert first == {parameter: shown[parameter] for parameter in first}
+    assert all(preset.keys() <= first.keys() for preset in told["EXPERIMENTS"].values())  # else a preset's value would be ignored

@@ -36,7 +36,7 @@ help:
 	    if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "flatmin_nb needs Python 3.11, 3.12 or 3.13 with its venv module, and $(or $(strip $(PYTHON)),none of $(CANDIDATES)) is one: install it (Debian: apt install python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+	    echo "flatmin_nb needs Python 3.11, 3.12 or 3.13 with its venv module; tried in vain: $(or $(strip $(PYTHON)),$(CANDIDATES)); install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi

@@ -4,7 +4,7 @@ import sys
 from flatmin_nb.lab.results import load
 
 COLUMNS = {"method": "method", "status": "status", "test_error": "test error, %",
-           "gradient_evaluations": "gradient evaluations", "seconds": "seconds"}
+           "gradient_evaluations": "gradient evaluations", "train_seconds": "seconds of training"}
 
 
 def main(
@@ -13,7 +13,7 @@ def main(
 ) -> None:
     "Print one line a run, and where to look."
     table = load(runs)[list(COLUMNS)].rename(columns=COLUMNS)
-    print(table.to_string(index=False, formatters={COLUMNS["test_error"]: "{:.2f}".format, COLUMNS["seconds"]: "{:.1f}".format}))
+    print(table.to_string(index=False, formatters={COLUMNS["test_error"]: "{:.2f}".format, COLUMNS["train_seconds"]: "{:.1f}".format}))
     print(f"\nthe executed notebook: {notebook}\nthe records of the runs: {runs}/")
 
 

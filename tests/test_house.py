@@ -253,7 +253,7 @@ def test_the_summary_is_read_from_the_records(tmp_path):
     from flatmin_nb.lab.results import Run
 
     for method, error in (("sgd", 4.25), ("entropy_sgd", 3.5)):
-        Run(tmp_path / method, {"method": method}).finish(None, None, test_error=error, gradient_evaluations=420)
+        Run(tmp_path / method, {"method": method}).finish(None, None, test_error=error, gradient_evaluations=420, train_seconds=1.5)
     result = run(sys.executable, ROOT / "house/summary.py", tmp_path, "executed.ipynb")
     assert result.returncode == 0, result.stderr
     assert all(text in result.stdout for text in ("4.25", "3.50", "420", "executed.ipynb"))

@@ -113,6 +113,7 @@ def tell(connection, step):
 
 def child(folder, method, death=None, arguments=(), connection=None):
     "What a process does."
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
     train(folder, method,
           after_step=(lambda step: None) if connection is None else (lambda step: tell(connection, step)),
           prepare=(lambda: None) if death is None else (lambda: death(*arguments)))  # fmt: skip

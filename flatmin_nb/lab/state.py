@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['random_state_kept', 'modes_kept', 'batchnorms', 'reestimate', 'statistics_kept']
 
-# %% ../../nbs/lab/state.ipynb #22ba38ef
+# %% ../../nbs/lab/state.ipynb #a8c79756
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 
 import numpy as np
@@ -46,7 +46,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../../nbs/lab/state.ipynb #6cdd23e5
+# %% ../../nbs/lab/state.ipynb #05cf00f9
 def batchnorms(model: nn.Module) -> list[nn.Module]:
     "The BatchNorm layers that keep running statistics."
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -55,9 +55,10 @@ def batchnorms(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def reestimate(
     model: nn.Module,  # its BatchNorm statistics are replaced
-    images: Tensor | Iterable[Tensor],  # [N, ...], the train inputs, or batches of them
+    images: Tensor | Iterable[Sized],  # [N, ...], the train inputs, or batches of them
     *,
     batch_size: int = 1000,  # of one tensor's equal parts; batches are taken as they are
+    call: Callable | None = None,  # how a batch goes through the model; None: model(batch)
 ) -> None:
     "Give BatchNorm the statistics of `images` under the present weights: means over one pass, every dropout off."
     layers = batchnorms(model)
@@ -74,7 +75,7 @@ def reestimate(
                 seen += len(x)
                 for layer in layers:
                     layer.momentum = len(x) / seen  # of a mean over examples, ragged batches included
-                model(x)
+                (call or model)(x)
     finally:
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum

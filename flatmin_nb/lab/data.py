@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +27,11 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from .errors import OneLineError, no_such
+from .errors import OneLineError, check_number, check_whole, no_such
 
 # %% ../../nbs/lab/data.ipynb #dd7830b3
 class DataError(OneLineError, ValueError):
     "An image set, a data file or a batch that cannot be had as asked."
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    "Refuse what is not an integer of at least `least` (and below 2**32, where generators begin to confuse seeds)."
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**32:
-        raise DataError(f"{name} must be an integer from {least} to 4294967295; got {value!r}")
-
-
-def _number(name: str, value: float, low: float, high: float) -> None:
-    "Refuse what is not a number of the half-open interval [low, high)."
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < high:
-        raise DataError(f"{name} must be a number in [{low:g}, {high:g}); got {value!r}")
 
 # %% ../../nbs/lab/data.ipynb #e4e0cdd9
 @dataclass(frozen=True, eq=False, repr=False)
@@ -204,8 +192,8 @@ def load(
     download: bool = True,  # False: a missing file is an error at once
 ) -> ImageSet:
     "The image set `name`: uint8 images [N, C, H, W] and int64 labels on the CPU."
-    _number("validation", validation, 0, 1)
-    _whole("seed", seed, least=0)
+    check_number("validation", validation, DataError, "[0, 1)")
+    check_whole("seed", seed, DataError, least=0)
     tensors, num_classes = (digits(), 10) if name == "digits" else _from_file(name, folder, download)
     images, labels = tensors["train_images"], tensors["train_labels"].long()
     kept, held = torch.arange(len(labels)), torch.arange(0)
@@ -240,7 +228,7 @@ def scaled(
     scale: float = 255.0,  # the default maps bytes to [0, 1]
 ) -> ImageSet:
     "Images as float32, (x - centre) / scale."
-    _number("centre", centre, -np.inf, np.inf)
+    check_number("centre", centre, DataError)
     if isinstance(scale, bool) or not isinstance(scale, Real) or not np.isfinite(scale) or scale == 0:
         raise DataError(f"scale must be a finite number other than 0; got {scale!r}")
     return images.with_images(lambda x: _affine(x, centre, scale))
@@ -316,7 +304,7 @@ def whitened(
     cache: str | os.PathLike | bool | None = None,  # folder of the fit; None: that of the data files; False: no cache
 ) -> ImageSet:
     "Images as float32, ZCA-whitened by a fit to the training split (computed on the device of the images, in float64)."
-    _number("epsilon", epsilon, 0, np.inf)
+    check_number("epsilon", epsilon, DataError, "[0, inf)")
     mean, matrix = _fitted(images.train_images, epsilon, cache)
 
     def whiten(x: torch.Tensor) -> torch.Tensor:
@@ -338,8 +326,8 @@ class Batches:
         replacement: bool = False,  # False: each image at most once in a pass; True: independent draws
         augment: Callable | None = None,  # has `choices(count, rng)` and is called with a batch and its choices
     ):
-        _whole("batch_size", batch_size, least=1)
-        _whole("seed", seed, least=0)
+        check_whole("batch_size", batch_size, DataError)
+        check_whole("seed", seed, DataError, least=0)
         if len(images) != len(labels) or images.device != labels.device:
             raise DataError(
                 f"images and labels must be as many and on one device; got {len(images)} on {images.device} "
@@ -386,7 +374,7 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         "Go on from `state`, of batches with the same images, batch size, seed and mode."
-        _whole("pass", state["pass"], least=0)
+        check_whole("pass", state["pass"], DataError, least=0)
         if state["position"] not in range(len(self) + 1):
             raise DataError(f"position must be in 0..{len(self)}, the batches of a pass; got {state['position']!r}")
         self._pass, self._position = state["pass"], state["position"]
@@ -402,9 +390,9 @@ class CropFlip:
         fill: float | Sequence[float] = 0.0,  # value of the padding, or one for each channel
         flip: bool = True,  # mirror left and right with probability 1/2
     ):
-        _whole("padding", padding, least=0)
+        check_whole("padding", padding, DataError, least=0)
         for value in fill if isinstance(fill, Sequence) else [fill]:
-            _number("fill", value, -np.inf, np.inf)
+            check_number("fill", value, DataError)
         self.padding, self.fill, self.flip = padding, fill, flip
 
     def choices(self, count: int, rng: np.random.Generator) -> np.ndarray:

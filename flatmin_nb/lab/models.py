@@ -9,12 +9,11 @@ __all__ = ['MNISTFC', 'LENET', 'MODELS', 'ModelError', 'block', 'mlp', 'mnistfc'
 import inspect
 from collections import OrderedDict
 from itertools import pairwise
-from numbers import Integral, Real
 
 import torch
 from torch import nn
 
-from .errors import OneLineError, no_such
+from .errors import OneLineError, check_number, check_whole, no_such
 
 # %% ../../nbs/lab/models.ipynb #d8c71195
 class ModelError(OneLineError, ValueError):
@@ -26,18 +25,6 @@ def _chosen(value, choices, what: str):
     if isinstance(value, str) and value in choices:
         return choices[value]
     raise ModelError(no_such(what, value, choices))
-
-
-def _probability(name: str, value: float) -> None:
-    "Refuse a dropout probability outside [0, 1): at 1 nothing is left of the layer."
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-        raise ModelError(f"{name} must be a number in [0, 1); got {value!r}")
-
-
-def _whole(name: str, value: int, least: int = 1) -> None:
-    "Refuse what is not an integer of at least `least` (and below 2**32: torch's generator drops the rest of a seed)."
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**32:
-        raise ModelError(f"{name} must be an integer from {least} to 4294967295; got {value!r}")
 
 # %% ../../nbs/lab/models.ipynb #f59c6347
 def block(
@@ -65,10 +52,10 @@ def mlp(
     batchnorm: bool = False,  # between each hidden layer and its ReLU
 ) -> nn.Sequential:
     "A multilayer perceptron: flatten, then `hidden` ReLU layers, then a linear layer."
-    _probability("dropout", dropout)
+    check_number("dropout", dropout, ModelError, "[0, 1)")
     widths = (inputs, *hidden, classes)
     for name, width in zip(("inputs", *["a hidden width"] * len(hidden), "classes"), widths, strict=True):
-        _whole(name, width)
+        check_whole(name, width, ModelError)
     net = OrderedDict(flatten=nn.Flatten())
     for number, (width, following) in enumerate(pairwise(widths[:-1]), start=1):
         net[f"hidden{number}"] = block(nn.Linear(width, following), "norm relu drop" if batchnorm else "relu drop", dropout)
@@ -91,8 +78,8 @@ def mnistfc(
     "The fully connected MNIST net of Entropy-SGD (arXiv 1611.01838, section 5.2): 28x28 images, two hidden layers of 1024."
     chosen = _chosen(variant, MNISTFC, "variant of mnistfc")
     dropout = chosen["dropout"] if dropout is None else dropout
-    _probability("dropout", dropout)
-    _whole("classes", classes)
+    check_number("dropout", dropout, ModelError, "[0, 1)")
+    check_whole("classes", classes, ModelError)
     return nn.Sequential(OrderedDict(
         flatten=nn.Flatten(),
         input_drop=nn.Dropout(chosen["input_dropout"]),
@@ -117,8 +104,8 @@ def lenet(
     "The LeNet of Entropy-SGD (arXiv 1611.01838, section 5.2), for 28x28 images of one channel."
     chosen = _chosen(variant, LENET, "variant of lenet")
     dropout = chosen["dropout"] if dropout is None else dropout
-    _probability("dropout", dropout)
-    _whole("classes", classes)
+    check_number("dropout", dropout, ModelError, "[0, 1)")
+    check_whole("classes", classes, ModelError)
     return nn.Sequential(OrderedDict(
         conv1=block(nn.Conv2d(1, 20, 5), chosen["conv"], dropout, pool=3),
         conv2=block(nn.Conv2d(20, 50, 5), chosen["conv"], dropout, pool=2),
@@ -130,7 +117,7 @@ def lenet(
 # %% ../../nbs/lab/models.ipynb #5a1e0002
 def small_lenet(classes: int = 10) -> nn.Sequential:
     "The small LeNet of Entropy-SGD (arXiv 1611.01838, section 3), for 28x28 images of one channel."
-    _whole("classes", classes)
+    check_whole("classes", classes, ModelError)
     return nn.Sequential(OrderedDict(
         conv1=block(nn.Conv2d(1, 10, 5), "relu pool"),
         conv2=block(nn.Conv2d(10, 20, 5), "relu pool"),
@@ -147,10 +134,10 @@ def allcnn(
     width: int = 96,  # channels of the first three convolutions; the next five have twice as many
 ) -> nn.Sequential:
     "The All-CNN-BN of Entropy-SGD (arXiv 1611.01838, section 5.3), for 32x32 images of three channels."
-    _probability("dropout", dropout)
-    _probability("input_dropout", input_dropout)
-    _whole("classes", classes)
-    _whole("width", width)
+    check_number("dropout", dropout, ModelError, "[0, 1)")
+    check_number("input_dropout", input_dropout, ModelError, "[0, 1)")
+    check_whole("classes", classes, ModelError)
+    check_whole("width", width, ModelError)
     channels = (3, *[width] * 3, *[2 * width] * 5)
     net = OrderedDict(input_drop=nn.Dropout(input_dropout))
     for number, (before, after) in enumerate(pairwise(channels), start=1):
@@ -175,7 +162,7 @@ def build(
     allowed = inspect.signature(make).parameters
     for option in options:
         _chosen(option, allowed, f"option of {name} called")
-    _whole("seed", seed, least=0)
+    check_whole("seed", seed, ModelError, least=0)
     # torch.manual_seed would reseed every GPU too, which fork_rng(devices=[]) does not restore
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)

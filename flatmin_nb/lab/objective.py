@@ -6,7 +6,7 @@
 __all__ = ['Chosen', 'ACTIVATION', 'ObjectiveError', 'mapped', 'Batch', 'is_pair', 'fingerprints', 'refuse_change',
            'chosen_parameters', 'noisy_layers', 'prepared', 'examples_at_once', 'Objective', 'errors', 'as_objective']
 
-# %% ../../nbs/lab/objective.ipynb #ed1ef0ac
+# %% ../../nbs/lab/objective.ipynb #e2b57102
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from .errors import OneLineError, no_such
+from .errors import OneLineError, check_whole, no_such
 from .state import batchnorms, random_state_kept, reestimate
 
 # %% ../../nbs/lab/objective.ipynb #bf9a2746
@@ -167,7 +167,7 @@ def examples_at_once(
             hook.remove()
     return max(1, ACTIVATION * len(batch) // max(largest))
 
-# %% ../../nbs/lab/objective.ipynb #9695ecd7
+# %% ../../nbs/lab/objective.ipynb #9d6f040d
 class Objective:
     "The mean loss of a model over fixed data, a deterministic function of one flat vector of weights [D]."
 
@@ -213,8 +213,8 @@ class Objective:
         if self.batch_size is None:
             small = next(self._parts([first], 2))
             self.batch_size = min(self.count, examples_at_once(self.model, self.through, small))
-        elif not isinstance(self.batch_size, Integral) or isinstance(self.batch_size, bool) or self.batch_size < 1:
-            raise ObjectiveError(f"batch_size must be a positive integer or None; got {self.batch_size!r}")
+        else:
+            check_whole("batch_size", self.batch_size, ObjectiveError)
 
     def _counted(self) -> tuple:
         "Count the examples; two passes over a loader must agree. The first pair."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluate', 'Loop', 'Callback', 'measured', 'Ledger', 'Diverged', 'largest', 'Guard', 'tensors', 'Keeper', 'Fit',
-           'due', 'divergence_recorded', 'steps_shown', 'report', 'completed', 'fit']
+           'due', 'divergence_recorded', 'steps_shown', 'report', 'completed', 'fit', 'Trail', 'TrailError']
 
 # %% ../../nbs/lab/train.ipynb #5d263595
 import math
@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .data import Batches, CropFlip, ImageSet
-from .errors import OneLineError
+from .errors import OneLineError, check_whole
 from .results import Run, device_name
 from .state import modes_kept, random_state_kept, reestimate, statistics_kept
 
@@ -395,3 +395,41 @@ def fit(
         if reestimate_batchnorm:
             reestimate(evaluated, images.train_images, batch_size=eval_batch_size)
     return completed(loop, ledger, evaluated, run)
+
+# %% ../../nbs/lab/train.ipynb #7a11e002
+class Trail(Callback):
+    "Records the parameters that are trained: before the first step, and after every so many steps."
+
+    def __init__(
+        self,
+        every: int = 1,  # steps
+    ):
+        check_whole("every", every, TrailError)
+        self.every, self.steps, self._points = every, [], []
+
+    @property
+    def weights(self) -> Tensor:
+        "[T, D]: a row for each of `steps`, in the order of named_parameters."
+        return torch.stack(self._points)
+
+    def before_step(self, loop: Loop) -> None:
+        if not self.steps:
+            self._record(loop)
+
+    def after_step(self, loop: Loop) -> None:
+        if loop.step % self.every == 0:
+            self._record(loop)
+
+    def _record(self, loop: Loop) -> None:
+        self._points.append(torch.cat([value.detach().reshape(-1).cpu() for value in loop.model.parameters() if value.requires_grad]))
+        self.steps.append(loop.step)
+
+    def state_dict(self) -> dict:
+        return {"steps": list(self.steps), "points": list(self._points)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self._points = list(state["steps"]), list(state["points"])
+
+
+class TrailError(OneLineError, ValueError):
+    "A trail that records nothing."

@@ -102,7 +102,7 @@ def imported(tree: ast.Module) -> set[str]:
 def test_what_is_imported_is_required():
     required = {Requirement(line).name.lower().replace("-", "_") for line in SETTINGS["requirements"].split()}
     packages = set().union(*(imported(ast.parse(path.read_text())) for path in MODULES))
-    optional = {"wandb", "matplotlib"}  # imported inside a function, by those who ask for them
+    optional = {"wandb"}  # imported inside a function, by those who ask for them
     assert {"scikit_learn" if package == "sklearn" else package for package in packages} - optional <= required
 
 

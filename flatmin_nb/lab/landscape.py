@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'BIASES', 'ROOM', 'FEW', 'CLOSE', 'COLUMNS', 'STRAIGHT', 'LandscapeError', 'blocks', 'vectors',
            'normalised', 'orthogonalised', 'random_directions', 'gradient_direction', 'combined', 'Span', 'calls_of',
-           'first_layer', 'weight_names', 'Shared', 'bar', 'Walk', 'coordinates', 'one_direction', 'line',
-           'axes_or_new', 'splits_of', 'plot_line', 'save_table', 'read_table', 'load_table', 'digest', 'question',
-           'held', 'done_before', 'surface', 'grid_of', 'levels_of', 'plot_contour', 'plot_surface', 'barrier',
-           'Interpolation', 'end_of_path', 'refuse_unlike', 'path_between', 'interpolate', 'Trajectory', 'weights_of',
-           'trajectory', 'plot_trajectory']
+           'names_in', 'first_linear', 'Shared', 'bar', 'Walk', 'coordinates', 'one_direction', 'line', 'axes_or_new',
+           'splits_of', 'plot_line', 'save_table', 'read_table', 'load_table', 'digest', 'question', 'held',
+           'done_before', 'surface', 'grid_of', 'levels_of', 'plot_contour', 'plot_surface', 'barrier', 'Interpolation',
+           'end_of_path', 'refuse_unlike', 'path_between', 'interpolate', 'Trajectory', 'weights_of', 'trajectory',
+           'plot_trajectory']
 
 # %% ../../nbs/lab/landscape.ipynb #8d6f1cb7
 import copy
@@ -185,14 +185,14 @@ class Span:
         a, b = torch.tensor(coefficients, dtype=torch.float64, device=start.device).T
         return a * a * start.square().sum() + 2 * a * b * (start * step).sum() + b * b * step.square().sum()
 
-# %% ../../nbs/lab/landscape.ipynb #7318ac75
+# %% ../../nbs/lab/landscape.ipynb #3c7c7e85
 FEW = 2  # examples with which a model is watched
 
 
-def calls_of(objective: Objective, owners: Mapping[str, nn.Module], weights: Mapping[str, Tensor], batch: Batch) -> list[tuple[str, tuple]]:
-    "Which of these modules are called, in their order, and with what."
-    calls: list[tuple[str, tuple]] = []
-    notes = [module.register_forward_pre_hook(lambda module, given, name=name: calls.append((name, given))) for name, module in owners.items()]
+def calls_of(objective: Objective, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor], batch: Batch) -> list[tuple[str, Tensor]]:
+    "Which of these layers are called, in their order, and with what input."
+    calls: list[tuple[str, Tensor]] = []
+    notes = [layer.register_forward_pre_hook(lambda layer, given, name=name: calls.append((name, given[0]))) for name, layer in layers.items()]
     try:
         objective.outputs(weights, batch)
     finally:
@@ -201,41 +201,36 @@ def calls_of(objective: Objective, owners: Mapping[str, nn.Module], weights: Map
     return calls
 
 
-def first_layer(objective: Objective, span: Span, batch: Batch) -> tuple[str, nn.Linear] | str:
+def names_in(layer: str) -> tuple[str, str]:
+    "The full names of the weight and the bias of a layer."
+    return tuple(f"{layer}.{kind}".removeprefix(".") for kind in ("weight", "bias"))
+
+
+def first_linear(objective: Objective, span: Span, batch: Batch) -> tuple[str, nn.Linear] | str:
     "The layer whose products can be shared, with its name; or the reason why there is none."
-    parameters = dict(objective.model.named_parameters())
-    moving = {id(parameters[name]) for name in span.views if name in parameters}
-    owners = {name: module for name, module in objective.model.named_modules() if moving & {id(value) for value in module._parameters.values()}}
+    layers = {name: layer for name, layer in objective.model.named_modules() if type(layer) is nn.Linear and "forward" not in vars(layer)}
+    layers = {name: layer for name, layer in layers.items() if names_in(name)[0] in span.views}
     few = Batch(mapped(lambda tensor: tensor[:FEW], batch.inputs), batch.targets[:FEW], batch.share, batch.index)
+    parameters = dict(objective.model.named_parameters())
     here = {name: value.clone().requires_grad_(name in parameters) for name, value in span.at((1, 0)).items()}
     with torch.enable_grad():
-        calls = calls_of(objective, owners, here, few)
-    again = calls_of(objective, owners, span.at((1, 1)), few)
+        calls = calls_of(objective, layers, here, few)
+    again = calls_of(objective, layers, span.at((1, 1)), few)
     if not calls:
-        return "no layer that moves is called"
+        return "no linear layer that moves is called"
     (name, given), (name_again, given_again) = calls[0], again[0]
-    module = owners[name]
-    if type(module) is not nn.Linear or "forward" in vars(module):
-        return f"the first layer that moves, '{name}', is a {type(module).__name__}"
     if name != name_again or any([called for called, _ in both].count(name) > 1 for both in (calls, again)):
-        return f"the layer '{name}' is called more than once"
-    if weight_names(name)[0] not in span.views:
-        return f"the weight of '{name}' does not move"
-    if len(given) != 1 or given[0].requires_grad or not torch.equal(given[0], given_again[0]):
-        return f"the input of '{name}' depends on weights that move"
-    return name, module
+        return f"the first linear layer, '{name}', is called more than once"
+    if given.requires_grad or not torch.equal(given, given_again):
+        return f"the input of the first linear layer, '{name}', depends on what moves"
+    return name, layers[name]
 
-
-def weight_names(name: str) -> tuple[str, str]:
-    "The full names of the weight and the bias of a layer."
-    return tuple(f"{name}.{kind}".removeprefix(".") for kind in ("weight", "bias"))
-
-# %% ../../nbs/lab/landscape.ipynb #f91dad30
+# %% ../../nbs/lab/landscape.ipynb #5ce10739
 class Shared:
     "The forward of an nn.Linear at the points of `span`: its products with start and step, made once per batch."
 
     def __init__(self, name: str, module: nn.Module, span: Span):
-        weight, bias = weight_names(name)
+        weight, bias = names_in(name)
         self.coefficients, self.products = (1.0, 0.0), None
         self.layers = (span.start[weight], span.start.get(bias, module.bias)), (span.step[weight], span.step.get(bias))
 
@@ -244,7 +239,7 @@ class Shared:
             self.products = [F.linear(x, *layer) for layer in self.layers]
         return combined(*self.products, self.coefficients)
 
-# %% ../../nbs/lab/landscape.ipynb #7c71415f
+# %% ../../nbs/lab/landscape.ipynb #f1b627ad
 def bar(
     total: int,
     unit: str,
@@ -283,7 +278,7 @@ class Walk:
     def _sharing(self, span: Span) -> Iterator[Shared | None]:
         "Inside, the first layer takes its outputs from products that all points share, if it can."
         if self._found is None:
-            self._found = first_layer(self.train, span, next(self.train.batches()))
+            self._found = first_linear(self.train, span, next(self.train.batches()))
         if isinstance(self._found, str):
             self.plan = f"point by point: {self._found}"
             yield None
@@ -419,7 +414,7 @@ def plot_line(
         ax.set_yscale("log")
     return ax
 
-# %% ../../nbs/lab/landscape.ipynb #8c00f168
+# %% ../../nbs/lab/landscape.ipynb #9e786baa
 def save_table(table: pd.DataFrame, file: Path | str) -> None:
     "Write `table` as CSV, with its `attrs` as JSON in a comment on the first line. Numbers are read back exactly."
     with written_whole(Path(file)) as opened:
@@ -429,10 +424,9 @@ def save_table(table: pd.DataFrame, file: Path | str) -> None:
 
 def read_table(file: Path | str) -> pd.DataFrame:
     "A table that was saved, finished or not."
-    with open(file, encoding="utf-8") as opened:
-        first = opened.readline()
     try:
-        attrs = json.loads(first.removeprefix("# "))
+        with open(file, encoding="utf-8") as opened:
+            attrs = json.loads(opened.readline().removeprefix("# "))
         table = pd.read_csv(file, comment="#")  # exact since pandas 3.1
     except ValueError:
         raise LandscapeError(f"'{file}' is no table of a landscape; give another file") from None
@@ -447,7 +441,7 @@ def load_table(file: Path | str) -> pd.DataFrame:
         raise LandscapeError(f"'{file}' holds a surface that is not finished ({len(table):,} points); call surface again to go on")
     return table
 
-# %% ../../nbs/lab/landscape.ipynb #901b5879
+# %% ../../nbs/lab/landscape.ipynb #91a5e0ed
 def digest(*items: Any) -> str:
     "A checksum of tensors, in nested tuples and dictionaries."
     total = hashlib.sha256()
@@ -468,12 +462,11 @@ def question(walk: Walk, directions: Sequence[Tensor], xs: list[float], ys: list
     asked = {"xs": xs, "ys": ys, "directions": digest(*directions), "weights": digest(train.weights), "parameters": train.names}
     asked |= {"other weights and buffers": digest(*(value for name, value in train.model.state_dict().items() if name not in train.names))}
     for split, one in walk.objectives.items():
-        asked[f"{split} data"] = digest(*((batch.inputs, batch.targets) for batch in one.batches()))
-        asked[f"{split} batches"] = one.batch_size
+        asked[f"{split} data or batch size"] = digest(*((batch.inputs, batch.targets) for batch in one.batches())) + f" {one.batch_size}"
     asked |= {name: getattr(train, name) for name in ("batchnorm", "dropout", "weight_decay")}
     return plain(asked | {"train loss at the weights": train.value})
 
-# %% ../../nbs/lab/landscape.ipynb #4575b9ab
+# %% ../../nbs/lab/landscape.ipynb #4989a8aa
 @contextmanager
 def held(file: Path | None) -> Iterator[None]:
     "Inside, no other process may hold `file`."
@@ -481,6 +474,7 @@ def held(file: Path | None) -> Iterator[None]:
         yield
         return
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file.with_name(f".{file.name}.lock"), is_singleton=True, thread_local=False)
         lock.acquire(timeout=0)
     except Timeout:
@@ -493,7 +487,7 @@ def held(file: Path | None) -> Iterator[None]:
         lock.release(force=True)
 
 
-CLOSE = 1e-3  # how far the loss at the weights may be from that of an earlier call: another version or number of threads rounds otherwise
+CLOSE = 1e-5  # how far the loss at the weights may be from that of an earlier call: another version or number of threads rounds otherwise
 
 
 def done_before(file: Path | None, asked: dict) -> pd.DataFrame:

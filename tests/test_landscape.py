@@ -1,0 +1,491 @@
+"""Slices, surfaces and ways between minima, on nets of every kind; and what interrupts them."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flatmin_nb.lab.errors import OneLineError
+from flatmin_nb.lab.landscape import (
+    LandscapeError, barrier, held, interpolate, line, load_table, normalised, orthogonalised, plot_contour, plot_line, plot_surface,
+    plot_trajectory, random_directions, read_table, save_table, surface, trajectory,
+)  # fmt: skip
+from flatmin_nb.lab.objective import Objective
+from flatmin_nb.lab.state import reestimate
+
+ALPHAS = [-1.0, -0.3, 0.0, 0.2, 1.0]
+random = torch.Generator().manual_seed(0)
+x, y = torch.randn(70, 5, generator=random, dtype=torch.float64), torch.randint(3, (70,), generator=random)
+x_test, y_test = torch.randn(33, 5, generator=random, dtype=torch.float64), torch.randint(3, (33,), generator=random)
+
+
+def net_with(*layers, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 8), *(layer() for layer in layers), nn.Linear(8, 3)).double()
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean.normal_(generator=random)
+            layer.running_var.uniform_(0.5, 2, generator=random)
+    return net
+
+
+def direction_of(objective, seed=0):
+    return random_directions(objective, biases="as weights", seed=seed)[:, 0]
+
+
+def state_of(model):
+    return [value.clone() for value in model.state_dict().values()] + [torch.get_rng_state()], [module.training for module in model.modules()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1] == second[1]
+
+
+def interrupting(after, function, error=KeyboardInterrupt):
+    "`function`, which raises after so many calls."
+    def wrapper(*arguments):
+        wrapper.calls += 1
+        if wrapper.calls > after:
+            raise error
+        return function(*arguments)
+
+    wrapper.calls = 0
+    return wrapper
+
+
+# ---- values ----
+
+@pytest.mark.parametrize("data", [(x, y), [(x[:64], y[:64]), (x[64:], y[64:])], DataLoader(TensorDataset(x, y), batch_size=32)], ids=["one", "ragged", "loader"])
+@pytest.mark.parametrize("options", [{}, {"batchnorm": "frozen"}, {"batchnorm": "batch"}, {"dropout": 3}, {"weight_decay": 0.1}, {"parameters": "0.*"},
+                                     {"parameters": "0.weight"}, {"batch_size": 9}, {"dropout": 3, "batchnorm": "batch"}], ids=str)  # fmt: skip
+def test_a_shared_first_layer_gives_the_values_of_the_objective(data, options):
+    if "batch_size" in options and isinstance(data, DataLoader):
+        data = DataLoader(TensorDataset(x, y), batch_size=32, num_workers=0)
+    net = net_with(lambda: nn.BatchNorm1d(8), lambda: nn.ReLU(inplace=True), lambda: nn.Dropout(0.3))
+    objective = Objective(net, F.cross_entropy, data, **({"dropout": "off"} | options))
+    test = objective.over((x_test, y_test))
+    direction = direction_of(objective)
+    before = state_of(objective.model)
+    table = line(objective, direction, ALPHAS, test=test)
+    assert "the first layer, '0'" in table.attrs["plan"]
+    assert same(before, state_of(objective.model))
+    for row in table.itertuples():
+        place = objective.weights + row.alpha * direction
+        assert row.train_loss == pytest.approx(objective.loss(place), rel=1e-12)
+        assert row.test_loss == pytest.approx(test.loss(place), rel=1e-12)
+        assert (row.train_error, row.test_error) == (objective.evaluate(place)[1], test.evaluate(place)[1])
+    assert table.train_loss[2] == objective.value and table.test_loss[2] == test.value
+
+
+class Called(nn.Module):
+    "A net of which `forward` says how its layers are used."
+
+    def __init__(self, forward):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+            self.shift, self.norm = nn.Parameter(torch.randn(5)), nn.BatchNorm1d(5)
+        self.function = forward
+        self.double().eval()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+@pytest.mark.parametrize(("reason", "forward"), [
+    ("called more than once", lambda net, x: net.last(net.first(net.first(x)))),
+    ("input of the first linear layer, 'first', depends", lambda net, x: net.last(net.first(x + net.shift))),
+    ("input of the first linear layer, 'first', depends", lambda net, x: net.last(net.first(x + net.shift.detach()))),
+    ("input of the first linear layer, 'first', depends", lambda net, x: net.last(net.first(net.norm(x)))),
+    ("no linear layer that moves is called", lambda net, x: (x @ net.first.weight.T + net.shift) @ net.last.weight.T),
+])  # fmt: skip
+def test_what_cannot_be_shared_is_measured_point_by_point_and_says_so(reason, forward):
+    objective = Objective(Called(forward), F.cross_entropy, (x, y))
+    direction = direction_of(objective)
+    table = line(objective, direction, ALPHAS)
+    assert table.attrs["plan"].startswith("point by point") and reason in table.attrs["plan"]
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+@pytest.mark.parametrize("forward", [
+    lambda net, x: net.last(torch.tanh(net.first(x)) + x @ net.first.weight),  # the weight is used elsewhere too
+    lambda net, x: net.last(net.first(x.cos()) * net.shift),
+    lambda net, x: net.last(F.relu(net.first(x.view(-1, 1, 5))).flatten(1)),
+])  # fmt: skip
+def test_sharing_does_not_mind_what_else_a_weight_is_for(forward):
+    objective = Objective(Called(forward), F.cross_entropy, (x, y))
+    direction = direction_of(objective)
+    table = line(objective, direction, ALPHAS)
+    assert "'first'" in table.attrs["plan"]
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_shared():
+    net = nn.Sequential(Scaled(5, 8), nn.Linear(8, 3)).double()
+    assert "input of the first linear layer, '1', depends" in line(objective := Objective(net, F.cross_entropy, (x, y)), direction_of(objective), ALPHAS).attrs["plan"]
+
+
+def test_only_the_chosen_weights_move():
+    net = net_with(nn.Tanh)
+    objective = Objective(net, F.cross_entropy, (x, y), parameters="2.*")
+    table = line(objective, direction_of(objective), ALPHAS)
+    assert "'2', serve all points" in table.attrs["plan"] and table.train_loss[2] == objective.value
+    assert objective.model[0].weight.equal(net[0].weight)
+    whole = Objective(net, F.cross_entropy, (x, y))
+    step = whole.join(whole.split(torch.zeros(whole.size, dtype=torch.float64)) | objective.split(direction_of(objective)))
+    assert table.train_loss.tolist() == pytest.approx(line(whole, step, ALPHAS).train_loss.tolist(), rel=1e-12)
+
+
+def test_an_objective_at_other_weights_is_measured_there():
+    objective = Objective(net_with(lambda: nn.BatchNorm1d(8), nn.ReLU), F.cross_entropy, (x, y), batchnorm="frozen")
+    direction = direction_of(objective)
+    there = objective.at(objective.weights + 0.5 * direction)
+    table = line(there, direction, ALPHAS, test=(x, y))
+    assert table.train_loss[2] == there.value == table.test_loss[2] != objective.value
+
+
+def test_inputs_of_several_tensors_and_tied_weights():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+            self.two.weight = self.one.weight
+
+        def forward(self, a, b):
+            return self.last(F.relu(self.one(a) + self.two(b)))
+
+    objective = Objective(Two().double(), F.cross_entropy, ({"a": x, "b": x.flip(0)}, y))
+    direction = direction_of(objective)
+    table = line(objective, direction, ALPHAS)
+    assert "'one'" in table.attrs["plan"]
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+def test_forwards_are_counted():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    line(objective, direction_of(objective), ALPHAS)
+    assert (objective.forwards, objective.evaluations) == (len(ALPHAS), 0)
+
+
+# ---- directions ----
+
+@pytest.mark.parametrize("kind", ["filter", "layer"])
+def test_orthogonal_directions_keep_the_norms_of_the_blocks(kind):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 9, 1)).double()
+    nn.init.uniform_(net[1].weight, 0.5, 2)
+    nn.init.uniform_(net[1].bias, 0.5, 2)
+    with torch.no_grad():
+        net[0].weight[1] = 0  # a dead filter
+    images, targets = torch.randn(8, 1, 5, 5, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    objective = Objective(net.eval(), F.mse_loss, (images, targets))
+    directions = random_directions(objective, 3, normalise=kind, biases="as weights", seed=4)
+    products = directions.T @ directions
+    assert (products - products.diag().diag()).abs().max() < 1e-12
+    for name, weights in objective.split(objective.weights).items():
+        for j in range(3):
+            part = objective.split(directions[:, j].contiguous())[name]
+            rows = (part, weights) if kind == "layer" or weights.dim() == 1 else (part.flatten(1), weights.flatten(1))
+            norms = [row.norm(dim=-1) if row.dim() > 1 else row.norm() for row in (rows if kind == "filter" else [row.flatten() for row in rows])]
+            if weights.numel() == 1:  # the bias of the one output: a block with room for one direction
+                assert norms[0] == pytest.approx(norms[1] if j == 0 else 0)
+            else:
+                torch.testing.assert_close(*norms)
+    assert objective.split(directions[:, 0].contiguous())["0.weight"][1].abs().max() == (0 if kind == "filter" else pytest.approx(0, abs=10))
+
+
+def test_orthogonalising_keeps_the_first_direction():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    given = torch.randn(objective.size, 2, generator=random, dtype=torch.float64)
+    kept = orthogonalised(objective, given, None)
+    assert torch.equal(kept[:, 0], given[:, 0])
+    assert kept[:, 1].norm().item() == pytest.approx(given[:, 1].norm().item())
+    assert kept[:, 0].dot(kept[:, 1]).abs() < 1e-12
+
+
+def test_directions_depend_on_the_seed_alone():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    before = torch.get_rng_state()
+    first, again, other = (random_directions(objective, 2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weight_normalised_directions_are_relative():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    drawn = torch.randn(objective.size, generator=random, dtype=torch.float64)
+    torch.testing.assert_close(normalised(objective, drawn, "weight", "as weights"), drawn * objective.weights.abs())
+
+
+# ---- interruptions ----
+
+def test_an_interrupted_surface_leaves_the_objective_and_the_model_as_they_were():
+    net = net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, lambda: nn.Dropout(0.2)).train()
+    objective = Objective(net, F.cross_entropy, DataLoader(TensorDataset(x, y), batch_size=32), dropout=1)
+    directions = random_directions(objective, 2).T
+    grid = [-0.5, 0.0, 0.5]
+    expected = surface(objective, *directions, grid, grid, progress=False)
+    model, own, loss = state_of(net), state_of(objective.model), objective.loss_function
+    for error in (KeyboardInterrupt, RuntimeError):
+        for calls in (1, 5, 16):
+            objective.loss_function = interrupting(calls, loss, error)
+            with pytest.raises(error):
+                surface(objective, *directions, grid, grid, progress=False)
+            objective.loss_function = loss
+            assert same(own, state_of(objective.model)) and same(model, state_of(net))
+            assert [p.grad for p in net.parameters()] == [None] * 6
+    pd.testing.assert_frame_equal(surface(objective, *directions, grid, grid, progress=False), expected, check_exact=True)
+    assert not [module for module in objective.model.modules() if "forward" in vars(module)]
+
+
+KILLED = """
+import sys, time, torch, torch.nn.functional as F
+from torch import nn
+from flatmin_nb.lab.landscape import random_directions, surface
+from flatmin_nb.lab.objective import Objective
+torch.manual_seed(0)
+net, x, y = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(70, 5), torch.arange(70) % 3
+def slow(outputs, targets):
+    time.sleep(float(sys.argv[2]))
+    return F.cross_entropy(outputs, targets)
+objective = Objective(net, slow, (x, y))
+grid = torch.linspace(-1, 1, 8)
+print(surface(objective, *random_directions(objective, 2).T, grid, grid, file=sys.argv[1], progress=False).train_loss.sum())
+"""
+
+
+@pytest.mark.slow
+def test_a_surface_that_is_killed_goes_on_where_it_was(tmp_path):
+    def start(file, delay):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / file), str(delay)], env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start("whole.csv", 0).wait() == 0
+    for rows in (1, 4):
+        process = start("killed.csv", 0.02)
+        while not (tmp_path / "killed.csv").exists() or len(read_table(tmp_path / "killed.csv")) < 8 * rows:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with pytest.raises(LandscapeError, match="not finished"):
+            load_table(tmp_path / "killed.csv")
+    with held(tmp_path / "killed.csv"):  # by somebody else
+        second = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed.csv"), "0"], capture_output=True, text=True)
+        assert "LandscapeError: another process is writing" in second.stderr.splitlines()[-1]
+    assert start("killed.csv", 0).wait() == 0
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert len(load_table(tmp_path / "killed.csv")) == 64
+
+
+def test_a_finished_surface_is_read_and_not_measured(tmp_path):
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    directions, grid = random_directions(objective, 2).T, [-0.5, 0.0, 0.5]
+    expected = surface(objective, *directions, grid, grid, file=tmp_path / "s.csv", progress=False)
+    objective.forwards = 0
+    pd.testing.assert_frame_equal(surface(objective, *directions, grid, grid, file=tmp_path / "s.csv", progress=False), expected, check_exact=True)
+    assert objective.forwards == 0
+
+
+def test_a_file_of_another_question_is_refused(tmp_path):
+    net, file = net_with(lambda: nn.BatchNorm1d(8), nn.Tanh), tmp_path / "s.csv"
+    objective = Objective(net, F.cross_entropy, (x, y))
+    directions, grid = random_directions(objective, 2).T, [-0.5, 0.0, 0.5]
+    surface(objective, *directions, grid, grid, file=file, progress=False)
+    kept = file.read_bytes()
+    moved = copy.deepcopy(net)
+    moved[1].running_mean += 0.1
+    for name, other in {
+        "directions": dict(directions=random_directions(objective, 2, seed=1).T),
+        "xs": dict(xs=[-0.5, 0.0]),
+        "weights": dict(objective=objective.at(objective.weights + 1e-6)),
+        "train data": dict(objective=Objective(net, F.cross_entropy, (x + 1e-9, y))),
+        "test data": dict(test=(x_test, y_test)),
+        "train data or batch size": dict(objective=Objective(net, F.cross_entropy, (x, y), batch_size=8)),
+        "weight_decay (0.0, not 0.1)": dict(objective=Objective(net, F.cross_entropy, (x, y), weight_decay=0.1)),
+        "train loss": dict(objective=Objective(net, nn.CrossEntropyLoss(label_smoothing=0.1), (x, y))),
+        "other weights and buffers": dict(objective=Objective(moved, F.cross_entropy, (x, y))),
+        "parameters": dict(objective=Objective(net, F.cross_entropy, (x, y), parameters=["0.*", "3.*", "1.*"])),
+    }.items():
+        asked = {"objective": objective, "directions": directions, "xs": grid, "test": None} | other
+        if name == "parameters":  # the same parameters by another pattern: the same question
+            surface(asked["objective"], *asked["directions"], grid, grid, file=file, progress=False)
+            continue
+        with pytest.raises(LandscapeError, match="holds a surface with other") as refusal:
+            surface(asked["objective"], *asked["directions"], asked["xs"], grid, test=asked["test"], file=file, progress=False)
+        assert f"other {name}" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert file.read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"\x93NUMPY", b"# {\n", b"# []\n1\n"], ids=repr)
+def test_a_file_that_is_no_table_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "s.csv").write_bytes(content)
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    with pytest.raises(LandscapeError, match="give another file"):
+        surface(objective, *random_directions(objective, 2).T, [0.0, 1.0], [0.0, 1.0], file=tmp_path / "s.csv", progress=False)
+    assert (tmp_path / "s.csv").read_bytes() == content
+
+
+def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "no").write_text("a file")
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    with pytest.raises(LandscapeError, match="cannot be written"):
+        surface(objective, *random_directions(objective, 2).T, [0.0, 1.0], [0.0, 1.0], file=tmp_path / "no" / "s.csv", progress=False)
+
+
+def test_the_bar_is_off_when_asked(capfd):
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    directions = random_directions(objective, 2).T
+    surface(objective, *directions, [0.0, 1.0], [0.0, 1.0], progress=False)
+    line(objective, directions[0], [0.0, 1.0])
+    assert capfd.readouterr().err == ""
+    surface(objective, *directions, [0.0, 1.0], [0.0, 1.0])
+    line(objective, directions[0], [0.0, 1.0], progress=True)
+    assert "2/2" in capfd.readouterr().err
+
+
+def test_tables_are_read_back_exactly(tmp_path):
+    table = pd.DataFrame({"alpha": np.linspace(-1, 1, 7), "train_loss": np.random.default_rng(0).standard_normal(7) / 3, "train_error": np.nan})
+    table.attrs = {"plan": "none, # or so", "barrier": float("nan")}
+    save_table(table, tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(load_table(tmp_path / "t.csv"), table, check_exact=True)
+
+
+# ---- between two minima ----
+
+def blended(first, second, alpha):
+    "The model at (1 - alpha) * first + alpha * second, by hand."
+    model = copy.deepcopy(first)
+    state = {name: (1 - alpha) * value + alpha * second.state_dict()[name] if value.is_floating_point() else value for name, value in first.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["re-estimated", "interpolated"])
+def test_interpolation_is_that_of_state_dictionaries(again):
+    first, second = (net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, lambda: nn.Dropout(0.5), seed=seed) for seed in (0, 1))
+    before = [state_of(model) for model in (first, second)]
+    found = interpolate(first, second, F.cross_entropy, (x, y), [0.25, 0.5, 0.75], names=("left", "right"), test=(x_test, y_test), reestimate=again, dropout="off")
+    assert found.table.alpha.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    for row in found.table.itertuples():
+        model = blended(first, second, row.alpha)
+        if again:
+            reestimate(model, x)
+        with torch.no_grad():
+            assert row.train_loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-10)
+            assert row.test_loss == pytest.approx(F.cross_entropy(model(x_test), y_test).item(), rel=1e-10)
+            assert row.test_error == pytest.approx(100 * (model(x_test).argmax(1) != y_test).double().mean().item())
+    assert found.ends == ("left", "right") and found.table.attrs["ends"] == ["left", "right"]
+    assert found.barrier == barrier(found.table) and found.test_barrier == barrier(found.table, "test_loss")
+    assert all(same(then, state_of(model)) for then, model in zip(before, (first, second)))
+    if not again:
+        assert found.table.test_loss.iloc[-1] == Objective(second, F.cross_entropy, (x_test, y_test), dropout="off").value
+
+
+def test_variances_do_not_become_negative_outside():
+    first, second = (net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, seed=seed) for seed in (0, 1))
+    found = interpolate(first, second, F.cross_entropy, (x, y), np.linspace(-3, 4, 15), reestimate=False)
+    assert (blended(first, second, 4.0)[1].running_var < 0).any()
+    assert np.isfinite(found.table.train_loss).all()
+
+
+def test_the_barrier_is_between_the_ends_alone():
+    table = pd.DataFrame({"alpha": [-1, 0, 0.5, 1, 2], "train_loss": [9, 1, 2.5, 2, 9]})
+    assert barrier(table) == 1.0
+    assert barrier(table.iloc[[1, 3]]) == 0.0
+    with pytest.raises(LandscapeError, match="alpha = 0 and alpha = 1"):
+        barrier(table.iloc[2:])
+
+
+def test_a_model_and_itself_have_no_barrier():
+    net = net_with(lambda: nn.BatchNorm1d(8), nn.ReLU)
+    assert abs(interpolate(net, net, F.cross_entropy, (x, y)).barrier) < 1e-14
+
+
+def test_frozen_parameters_are_interpolated_too():
+    first, second = net_with(nn.Tanh, seed=0), net_with(nn.Tanh, seed=1)
+    first[0].requires_grad_(False)
+    found = interpolate(first, second, F.cross_entropy, (x, y))
+    assert found.table.train_loss.iloc[-1] == Objective(second, F.cross_entropy, (x, y)).value
+    assert not first[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(("other", "options", "message"), [
+    (net_with(nn.Tanh, nn.Tanh), {}, "'b' has no '2.weight'"),
+    (nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).double(), {}, r"'0.weight' has the shape \(8, 5\) in 'a', \(9, 5\) in 'b'"),
+    (net_with(nn.Tanh), {"alphas": []}, "alphas must be"),
+    (net_with(nn.Tanh), {"alphas": [0, float("inf")]}, "alphas must be"),
+    (net_with(nn.Tanh), {"names": ("a", "a")}, "two different names"),
+    (net_with(nn.Tanh), {"batchnorm": "frozen"}, "statistics of one end"),
+])  # fmt: skip
+def test_ends_that_cannot_be_joined(other, options, message):
+    with pytest.raises(LandscapeError, match=message) as refusal:
+        interpolate(net_with(nn.Tanh), other, F.cross_entropy, (x, y), **options)
+    assert isinstance(refusal.value, OneLineError) and "\n" not in str(refusal.value)
+
+
+# ---- the way of a run ----
+
+@pytest.mark.parametrize("count", [5, 80])  # fewer points than weights, and more
+def test_the_plane_of_a_run_is_that_of_numpy(count):
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    run = objective.weights + torch.randn(count, objective.size, generator=random, dtype=torch.float64).cumsum(0).flip(0)
+    found = trajectory(objective, run)
+    _, values, axes = np.linalg.svd((run - objective.weights).numpy(), full_matrices=False)
+    assert found.explained == pytest.approx((values**2 / (values**2).sum())[:2])
+    for ours, theirs in zip((found.x, found.y), axes):
+        assert abs(ours.numpy() @ theirs) == pytest.approx(1)
+    assert found.points == pytest.approx(((run - objective.weights) @ torch.stack([found.x, found.y], 1)).numpy())
+    assert (found.points[0] >= 0).all()
+
+
+def test_runs_without_a_plane():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    for run in (objective.weights[None], objective.weights[None] + torch.zeros(4, 1), objective.weights + torch.arange(4.0)[:, None]):
+        with pytest.raises(LandscapeError, match="spans no plane"):
+            trajectory(objective, run)
+    for run in (torch.zeros(0, objective.size), [], objective.weights[:-1][None], objective.weights[None] * float("nan")):
+        with pytest.raises(LandscapeError):
+            trajectory(objective, run)
+
+
+# ---- pictures ----
+
+def test_pictures_draw_on_the_axes_they_are_given():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    directions, grid = random_directions(objective, 2).T, np.linspace(-1, 1, 5)
+    table, one = surface(objective, *directions, grid, grid, test=(x_test, y_test), progress=False), line(objective, directions[0], grid, test=(x_test, y_test))
+    figure = plt.figure()
+    flat, deep = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2, projection="3d")
+    assert plot_line(one, flat) is flat and len(flat.lines) == 2
+    assert plot_line(one, flat, what="error", log=True) is flat
+    assert plot_contour(table, flat, filled=True) is flat and plot_contour(table, flat, what="error", levels=[5, 20, 60]) is flat
+    assert plot_surface(table, deep) is deep
+    plot_trajectory(trajectory(objective, objective.weights + torch.randn(5, objective.size, dtype=torch.float64)), flat)
+    broken = table.copy()
+    broken.loc[0, "train_loss"] = np.inf
+    plot_contour(broken, flat), plot_surface(broken, deep)
+    with pytest.raises(LandscapeError, match="3-D axes"):
+        plot_surface(table, flat)
+    with pytest.raises(LandscapeError, match="did you mean 'loss'"):
+        plot_contour(table, flat, what="los")
+    with pytest.raises(LandscapeError, match="two points on each axis"):
+        plot_contour(table.query("y == 0"), flat)
+    plt.close(figure)

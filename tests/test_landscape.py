@@ -489,3 +489,22 @@ def test_pictures_draw_on_the_axes_they_are_given():
     with pytest.raises(LandscapeError, match="two points on each axis"):
         plot_contour(table.query("y == 0"), flat)
     plt.close(figure)
+
+
+# ---- on a GPU ----
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_gives_the_numbers_of_the_cpu(tmp_path):
+    nets = [net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, seed=seed) for seed in (0, 1)]
+    here, there = (Objective(copy.deepcopy(nets[0]).to(device), F.cross_entropy, (x, y)) for device in ("cpu", "cuda"))
+    planes = [random_directions(one, 2).T for one in (here, there)]
+    torch.testing.assert_close(planes[1].cpu(), planes[0])
+    tables = [surface(one, *plane, ALPHAS, ALPHAS, test=(x_test, y_test), file=tmp_path / f"{one.device.type}.csv", progress=False)
+              for one, plane in zip((here, there), planes)]  # fmt: skip
+    pd.testing.assert_frame_equal(*tables)
+    between = [interpolate(*(copy.deepcopy(net).to(device) for net in nets), F.cross_entropy, (x, y)).table for device in ("cpu", "cuda")]
+    pd.testing.assert_frame_equal(*between)
+    ways = [trajectory(one, one.weights + torch.arange(6.0)[:, None].to(plane) * plane[0] + torch.arange(6.0)[:, None].to(plane) ** 2 * plane[1])
+            for one, plane in zip((here, there), planes)]  # fmt: skip
+    np.testing.assert_allclose(ways[1].points, ways[0].points, rtol=1e-8)

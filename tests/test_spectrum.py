@@ -1,0 +1,337 @@
+"""Eigenpairs, traces and densities, where a notebook would be too slow: many spectra, many seeds, peers, a real net."""
+
+import curvlinops
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+
+from flatmin_nb.lab.curvature import (
+    CurvatureError,
+    Dense,
+    Hessian,
+    Operator,
+    diagonal,
+    spectral_density,
+    squared_frobenius_norm,
+    top_eigenpairs,
+    trace,
+)
+from flatmin_nb.lab.data import load
+from flatmin_nb.lab.models import mlp
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def with_spectrum(eigenvalues, seed=0):
+    Q = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues), seed=seed)).Q
+    matrix = (Q * eigenvalues.double()) @ Q.T
+    return Dense(((matrix + matrix.T) / 2).to(eigenvalues.dtype))
+
+
+class Counted(Operator):
+    "The products of a matrix, changed; each one counted."
+
+    def __init__(self, matrix, change=lambda product, vector: product):
+        super().__init__(len(matrix), matrix.dtype, matrix.device)
+        self.matrix, self.change = matrix, change
+
+    def _multiply(self, vectors):
+        return [self.change(self.matrix @ vector, vector) for vector in vectors]
+
+
+SPECTRA = {
+    "outliers on a bulk": torch.cat([torch.linspace(-1, 1, 290), torch.arange(2.0, 12.0)]),
+    "no gap": torch.linspace(-3, 3, 300),
+    "squares": 1 + torch.linspace(0, 1, 300) ** 2,
+    "decay": torch.logspace(0, -9, 300) - 0.5,
+    "negative definite": -torch.linspace(1, 5, 300),
+    "both ends": torch.cat([torch.linspace(-9, -5, 10), torch.zeros(280), torch.linspace(5.2, 9.2, 10)]),
+    "pairs": torch.arange(1.0, 151.0).repeat_interleave(2) / 150,
+}
+
+
+def true_residuals(matrix, pairs):
+    matrix, vectors, values = matrix.double(), pairs.vectors.double(), pairs.values.double()
+    return (matrix @ vectors - vectors * values).norm(dim=0)
+
+
+@pytest.mark.parametrize("basis", [None, 14], ids=["one basis", "restarts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigenpairs_are_those_of_the_matrix(name, which, dtype, basis):
+    values = SPECTRA[name].double()
+    A = Counted(with_spectrum(values).matrix.to(dtype))
+    pairs = top_eigenpairs(A, k=4, which=which, basis=basis)
+    assert pairs.converged.all()
+    assert pairs.products == A.products
+    scale = values.abs().max()
+    assert (true_residuals(A.matrix, pairs) <= pairs.residuals + 1e-6 * scale).all()
+    assert (pairs.residuals <= torch.maximum(1e-3 * pairs.values.abs(), 1e-5 * scale)).all()
+    identity = torch.eye(4, dtype=dtype)
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, identity, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
+    # each is within its residual of an eigenvalue; and unless values repeat without end, these are the best ones
+    assert ((pairs.values[:, None].double() - values).abs().amin(1) <= pairs.residuals + 1e-6 * scale).all()
+    if name != "pairs":
+        rank = {"LA": torch.clone, "SA": torch.neg, "LM": torch.abs}[which]
+        best = rank(values).sort(descending=True).values[:4]
+        torch.testing.assert_close(rank(pairs.values.double()), best, atol=2e-3 * scale.item(), rtol=0)
+
+
+def test_what_is_nearly_zero_and_not_found_is_not_called_converged():
+    "The smallest of values that decay to zero: hopeless, relative to themselves."
+    for basis in (None, 14):
+        pairs = top_eigenpairs(with_spectrum(torch.logspace(0, -9, 300).double()), k=4, which="SA", basis=basis, max_products=200)
+        assert pairs.products == 200 and not pairs.converged[1:].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fewer_products_than_eigsh(seed):
+    A = Counted(with_spectrum(SPECTRA["outliers on a bulk"].double(), seed).matrix)
+    eigsh(A.to_scipy(), k=5, which="LA", tol=1e-3, v0=normal(A.size, seed=seed).numpy())
+    asked = A.products
+    assert top_eigenpairs(A, k=5, seed=seed).products <= asked
+
+
+def test_residuals_far_below_the_tolerance_are_reached_after_many_restarts():
+    A = with_spectrum(torch.linspace(0, 1, 400).double())
+    pairs = top_eigenpairs(A, k=3, tolerance=1e-9, basis=12, max_products=5000)
+    assert pairs.converged.all() and pairs.products > 100
+    assert (true_residuals(A.matrix, pairs) < 1e-8).all()
+
+
+@pytest.mark.parametrize("copies", [2, 3, 7])
+def test_copies_of_an_eigenvalue_are_found_after_a_breakdown(copies):
+    values = torch.tensor([5.0] * copies + [2.0] * 40 + [-1.0] * 50).double()
+    for basis in (None, 10):
+        pairs = top_eigenpairs(with_spectrum(values), k=4, basis=basis)
+        torch.testing.assert_close(pairs.values, values[:4], atol=1e-9, rtol=0)
+        assert pairs.converged.all() and pairs.products < 30
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_pair_of_a_small_matrix(size):
+    matrix = normal(size, size)
+    A = Dense(matrix + matrix.T)
+    for k in range(1, size + 1):
+        pairs = top_eigenpairs(A, k=k)
+        torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(A.matrix).flip(0)[:k], atol=1e-2, rtol=1e-2)
+        assert pairs.converged.all() and pairs.products <= size + 1
+
+
+def test_a_diagonal_matrix_and_a_start_that_is_an_eigenvector():
+    values = torch.arange(1, 201).double()
+    A = Dense(torch.diag(values))
+    start = torch.zeros(200, 1, dtype=torch.float64)
+    start[0] = 1  # the smallest
+    torch.testing.assert_close(top_eigenpairs(A, k=3, start=start).values, values.flip(0)[:3], atol=0.1, rtol=0)
+    blind = top_eigenpairs(A, k=3, start=torch.zeros(200).double())
+    torch.testing.assert_close(blind.values, values.flip(0)[:3], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+def test_an_operator_that_changes_is_never_called_converged(noise):
+    matrix = with_spectrum(SPECTRA["outliers on a bulk"].double()).matrix
+    count = iter(range(1, 10**6))
+
+    def changed(product, vector):
+        direction = normal(len(vector), seed=next(count))
+        return product + noise * product.norm() * direction / direction.norm()
+
+    for seed in range(10):
+        pairs = top_eigenpairs(Counted(matrix, changed), k=3, tolerance=noise / 10, max_products=60, seed=seed)
+        assert not pairs.converged.any()
+
+
+def test_an_operator_that_is_not_linear_is_never_called_converged():
+    matrix = with_spectrum(SPECTRA["outliers on a bulk"].double()).matrix
+    shift = normal(300) / 300**0.5
+    for change in (lambda product, vector: product + 0.03 * shift, lambda product, vector: product + vector.abs(), lambda product, vector: product.relu()):
+        assert not top_eigenpairs(Counted(matrix, change), k=3, max_products=60).converged.any()
+
+
+def test_a_vector_that_is_multiplied_is_never_changed():
+    kept = []
+    A = Counted(with_spectrum(SPECTRA["no gap"].double()).matrix, lambda product, vector: kept.append((vector, vector.clone())) or product)
+    top_eigenpairs(A, k=2, max_products=40)
+    assert len(kept) == A.products and all(torch.equal(vector, copy) for vector, copy in kept)
+    same = Counted(torch.eye(50).double(), lambda product, vector: vector)  # returns its argument itself
+    assert top_eigenpairs(same, k=3).values.tolist() == [1, 1, 1]
+
+
+def test_nothing_is_drawn_from_the_global_generators():
+    A = with_spectrum(SPECTRA["no gap"].double())
+    before = torch.get_rng_state()
+    results = [top_eigenpairs(A, k=2, max_products=30).values, spectral_density(A, steps=8).nodes, diagonal(A, products=12).value]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(123)
+    again = [top_eigenpairs(A, k=2, max_products=30).values, spectral_density(A, steps=8).nodes, diagonal(A, products=12).value]
+    assert all(torch.equal(one, two) for one, two in zip(results, again))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(k=0), "k must be an integer from 1"),
+        (dict(k=301), "got 301 eigenpairs of an operator of size 300"),
+        (dict(tolerance=-1), "tolerance must be a number in"),
+        (dict(max_products=5), "max_products must be an integer from 6"),
+        (dict(basis=6), "basis must be an integer from 7"),
+        (dict(which="largest"), "no order 'largest'"),
+        (dict(start=torch.ones(299)), "got [299]"),
+        (dict(start=torch.full((300,), torch.nan)), "start must be finite"),
+        (dict(seed=-1), "seed must be an integer from 0"),
+    ],
+)
+def test_what_cannot_be_asked(arguments, message):
+    with pytest.raises(CurvatureError) as trouble:
+        top_eigenpairs(with_spectrum(SPECTRA["no gap"].double()), **arguments)
+    assert message in str(trouble.value) and "\n" not in str(trouble.value)
+
+
+# ---- estimates: z-scores over many seeds ----
+
+STEEP = torch.cat([torch.logspace(1, -2, 60), torch.linspace(-0.2, 0.2, 90)]).double()
+SEEDS = 300
+
+
+def scores(estimate, exact):
+    return torch.tensor([(one.value - exact) / one.standard_error for one in (estimate(seed) for seed in range(SEEDS))])
+
+
+def is_student(scores, lowest=0.85, highest=1.3):
+    "Centred within four standard errors, and as wide as a Student's t of some twenty degrees of freedom."
+    assert abs(scores.mean()) < 4 * scores.std() / len(scores) ** 0.5
+    assert lowest < scores.std() < highest
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace", "hutchinson"])
+def test_the_trace_is_unbiased_and_its_error_is_what_it_says(method):
+    A = with_spectrum(STEEP)
+    is_student(scores(lambda seed: trace(A, method=method, products=60, seed=seed), STEEP.sum()))
+
+
+@pytest.mark.parametrize("method", ["hutch++", "hutchinson"])
+def test_the_squared_norm_is_unbiased_and_its_error_is_what_it_says(method):
+    A = with_spectrum(STEEP)
+    is_student(scores(lambda seed: squared_frobenius_norm(A, method=method, products=60, seed=seed), STEEP.square().sum()))
+
+
+@pytest.mark.parametrize("method", ["hutch++", "hutchinson"])
+def test_the_diagonal_is_unbiased_and_its_errors_are_what_they_say(method):
+    A = with_spectrum(STEEP)
+    tries = [diagonal(A, method=method, products=60, seed=seed) for seed in range(40)]
+    z = torch.stack([(one.value - A.matrix.diag()) / one.standard_error for one in tries])
+    assert 0.9 < z.std() < 1.2
+    assert (z.mean(0).abs() < 4.5 * z.std() / len(tries) ** 0.5).all()
+
+
+def test_moments_and_log_determinants_are_unbiased_and_their_errors_are_what_they_say():
+    values = torch.cat([torch.linspace(0.5, 2, 190), torch.linspace(3, 9, 10)]).double()
+    A = with_spectrum(values)
+    densities = [spectral_density(A, steps=24, vectors=12, seed=seed) for seed in range(100)]
+    for f in (lambda values: values, lambda values: values**2, torch.log):
+        estimates = [density.trace(f) for density in densities]
+        z = torch.tensor([(one.value - f(values).sum()) / one.standard_error for one in estimates])
+        is_student(z, highest=1.4)
+
+
+def test_known_pairs_are_counted_exactly_and_the_rest_is_still_unbiased():
+    values = torch.cat([torch.linspace(0.5, 2, 190), torch.linspace(30, 90, 10)]).double()
+    A = with_spectrum(values)
+    known = top_eigenpairs(A, k=10)
+    densities = [spectral_density(A, steps=24, vectors=12, known=known, seed=seed) for seed in range(100)]
+    for p in (1, 2):
+        estimates = [density.moment(p) for density in densities]
+        assert max(one.standard_error for one in estimates) < 1e-2 * (values**p).mean()
+    is_student(torch.tensor([(one.value - torch.log(values).sum()) / one.standard_error for one in (d.trace(torch.log) for d in densities)]), highest=1.4)
+    assert torch.isclose(densities[0].weights.sum(1), torch.ones(12).double()).all()
+    partly = top_eigenpairs(A, k=10, max_products=13)
+    assert not partly.converged.all()
+    is_fine = spectral_density(A, known=partly, vectors=12).moment(1)
+    assert abs(is_fine.value - values.mean()) < 4 * is_fine.standard_error + 1e-3
+    with pytest.raises(CurvatureError, match="all 200 eigenvalues are known"):
+        spectral_density(A, known=top_eigenpairs(A, k=200))
+
+
+def test_quadrature_is_exact_for_what_the_start_vector_sees():
+    "n nodes integrate polynomials of degree 2n - 1: v^T A^p v, p up to 15 for 8 nodes, with A scaled to keep the powers tame."
+    A = with_spectrum(torch.linspace(-1, 1, 100).double())
+    density = spectral_density(A, steps=8, vectors=1)
+    finer = spectral_density(A, steps=40, vectors=1)  # the same start vector
+    for p in range(16):
+        torch.testing.assert_close((density.weights * density.nodes**p).sum(), (finer.weights * finer.nodes**p).sum(), atol=1e-12, rtol=0)
+
+
+def test_random_vectors_are_not_the_data_that_were_drawn_with_the_same_seed():
+    data = torch.randn(400, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    A = Dense(data.T @ data / 400)
+    z = torch.tensor([(one := spectral_density(A, steps=4, vectors=8, seed=7).moment(p)).value - torch.trace(torch.matrix_power(A.matrix, p)) / 200
+                      for p in (1, 2)]) / one.standard_error  # fmt: skip
+    assert (z.abs() < 5).all()
+
+
+@pytest.mark.parametrize("ours, theirs", [("hutch++", curvlinops.hutchpp_trace), ("xtrace", curvlinops.xtrace), ("hutchinson", curvlinops.hutchinson_trace)])
+def test_traces_are_as_good_as_those_of_curvlinops(ours, theirs):
+    A, exact = with_spectrum(STEEP), STEEP.sum()
+    own = torch.tensor([trace(A, method=ours, products=60, seed=seed).value for seed in range(100)]) - exact
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        peer = torch.tensor([float(theirs(A.matrix, 60)) for _ in range(100)]) - exact
+    assert own.square().mean().sqrt() < 1.3 * peer.square().mean().sqrt()
+
+
+# ---- a net whose whole Hessian can still be decomposed ----
+
+
+@pytest.mark.slow
+def test_the_spectrum_of_a_net_of_5000_weights():
+    digits = load("digits")
+    data = digits.train_images.double() / 127.5 - 1, digits.train_labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = mlp(hidden=(52, 26)).double()
+    descent = torch.optim.SGD(net.parameters(), lr=0.2)
+    for _ in range(100):
+        descent.zero_grad()
+        F.cross_entropy(net(data[0]), data[1]).backward()
+        descent.step()
+    H = Hessian(net, F.cross_entropy, data)
+    assert 4900 < H.size < 5100
+    matrix = H.dense()
+    exact = torch.linalg.eigvalsh(matrix)
+    A = Dense((matrix + matrix.T) / 2)  # the same products, faster
+    for which, best in (("LA", exact.flip(0)), ("SA", exact)):
+        torch.testing.assert_close(top_eigenpairs(H, k=5, which=which, tolerance=1e-5).values, best[:5], atol=1e-6 * exact[-1].item(), rtol=0)
+    density = spectral_density(A, steps=80, vectors=10)
+    scale = exact[-1].item()
+    grid = torch.cat([torch.linspace(exact[0].item(), scale, 20001).double()])
+    gap = (density.cumulative(grid) - torch.searchsorted(exact, grid, right=True) / len(exact)).abs()
+    assert gap.sum() * (grid[1] - grid[0]) < 2e-3 * scale  # Wasserstein
+    assert gap[grid.abs() > 0.01 * scale].max() < 0.01  # Kolmogorov, off the mass at zero
+    for p in (1, 2, 3):
+        moment = density.moment(p)
+        assert abs(moment.value - (exact**p).mean()) < 4.8 * moment.standard_error
+    for estimate, truth in ((trace(A), exact.sum()), (squared_frobenius_norm(A), exact.square().sum())):
+        assert abs(estimate.value - truth) < 4 * estimate.standard_error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_says_the_same():
+    values = SPECTRA["outliers on a bulk"].double()
+    A = Dense(with_spectrum(values).matrix.cuda())
+    pairs = top_eigenpairs(A, k=5)
+    assert pairs.converged.all() and {tensor.device.type for tensor in (pairs.values, pairs.vectors, pairs.residuals, pairs.converged)} == {"cuda"}
+    torch.testing.assert_close(pairs.values.cpu(), values.flip(0)[:5], atol=1e-3, rtol=0)
+    again = top_eigenpairs(A, k=5, start=pairs.vectors, basis=8, tolerance=1e-8)
+    torch.testing.assert_close(again.values.cpu(), values.flip(0)[:5], atol=1e-9, rtol=0)
+    for method in ("hutch++", "xtrace", "hutchinson"):
+        estimate = trace(A, method=method)
+        assert abs(estimate.value - values.sum()) < 5 * estimate.standard_error
+    for estimate in (squared_frobenius_norm(A), spectral_density(A, vectors=12, known=pairs).trace(torch.square)):
+        assert abs(estimate.value - values.square().sum()) < 5 * estimate.standard_error
+    assert diagonal(A).value.device.type == "cuda"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from flatmin_nb.lab.objective import Objective, ObjectiveError
@@ -127,9 +128,63 @@ def test_a_model_that_draws_in_evaluation_mode_is_refused():
     assert fixed.loss() == fixed.loss()
 
 
-def test_dropout_inside_attention_is_seen():
-    with pytest.raises(ObjectiveError, match="dropout of '0'"):
-        Objective(nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1)), F.cross_entropy, (X, Y))
+class Attention(nn.Module):
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(6, 2, dropout=dropout, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x[:, None].repeat(1, 4, 1)
+        padding = torch.tensor([[False, False, True, True]]).expand(len(x), 4)
+        return self.out(self.attention(x, x, x, key_padding_mask=padding)[0].mean(1))
+
+
+class DropPath(nn.Module):
+    "Drops without being a layer of torch that does."
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1) > 0.5) if self.training else x
+
+
+@pytest.mark.parametrize("model", [Attention(0.5), net(DropPath()), net(nn.RReLU()), net(nn.Dropout(0.2))], ids=["attention", "path", "rrelu", "layer"])
+def test_noise_of_training_mode_is_seen_wherever_it_is(model):
+    before = state(model)
+    with pytest.raises(ObjectiveError, match="in training mode"):
+        Objective(model, F.cross_entropy, (X, Y))
+    assert same(state(model), before)
+    assert Objective(model, F.cross_entropy, (X, Y), dropout="off").value == Objective(model.eval(), F.cross_entropy, (X, Y)).value
+
+
+def test_dropout_that_never_drops_is_no_noise():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            with pytest.warns(UserWarning):
+                self.recurrent, self.out = nn.LSTM(6, 4, dropout=0.2), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.recurrent(x[None])[0][0])
+
+    Objective(Recurrent(), F.cross_entropy, (X, Y))
+
+
+def test_padding_means_the_same_with_gradients_and_without():
+    "torch has a faster path without gradients, which zeroes what is padded."
+    fast = torch.backends.mha.get_fastpath_enabled()
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+    out = nn.Linear(6, 3)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = layer, out
+
+        def forward(self, x):
+            return self.out(self.layer(x[:, None].repeat(1, 4, 1), src_key_padding_mask=torch.tensor([[False, False, True, True]]).expand(len(x), 4)).mean(1))
+
+    measured = Objective(Encoder().eval(), F.cross_entropy, (X, Y))
+    assert measured.loss() == pytest.approx(measured.gradient()[0], rel=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 class TwoInputs(nn.Module):
@@ -218,3 +273,170 @@ def test_other_weights_and_other_data():
     assert there.value == there.loss() != measured.loss(3 * measured.weights), "its own statistics, not those of the old place"
     with pytest.raises(ObjectiveError, match="vector of"):
         measured.at(torch.zeros(3))
+
+
+def test_the_data_of_the_caller_stay_as_they_are():
+    before = X.clone()
+    for first in (nn.ReLU(inplace=True), nn.Hardtanh(inplace=True)):
+        with pytest.raises(ObjectiveError, match="changes its inputs in place"):
+            Objective(nn.Sequential(first, net()), F.cross_entropy, (X, Y))
+    assert torch.equal(X, before)
+
+
+class Drifting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.layer(x)
+
+
+def test_a_model_that_keeps_count_is_refused():
+    with pytest.raises(ObjectiveError, match="changes its buffer 'seen'"):
+        Objective(Drifting(), F.cross_entropy, (X, Y))
+
+
+class Dictionary(nn.Module):
+    "Outputs that are no tensor, drawn or not."
+
+    def __init__(self, noise: float):
+        super().__init__()
+        self.layer, self.noise = nn.Linear(6, 3), noise
+
+    def forward(self, x):
+        return {"logits": self.layer(x) + self.noise * torch.randn(len(x), 3)}
+
+
+def test_outputs_of_any_kind():
+    loss = lambda outputs, targets: F.cross_entropy(outputs["logits"], targets)
+    random_model, model = Dictionary(0.1).eval(), Dictionary(0.0)
+    before = torch.get_rng_state()
+    with pytest.raises(ObjectiveError, match="draws random ones"):
+        Objective(random_model, loss, (X, Y))
+    measured = Objective(model, loss, (X, Y))  # draws, but to no effect
+    assert measured.loss() == measured.value and np.isnan(measured.evaluate()[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_that_draws_is_refused():
+    with pytest.raises(ObjectiveError, match="draws random ones"):
+        Objective(net(), lambda outputs, targets: F.cross_entropy(outputs + 1e-3 * torch.randn_like(outputs), targets), (X, Y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_sum(dtype):
+    for seed in range(8):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            Objective(nn.Linear(6, 3).to(dtype), F.cross_entropy, (X, Y), batch_size=16).gradient()
+
+
+@pytest.mark.parametrize("first", [1, 20])
+def test_a_sum_hides_nowhere(first):
+    batches = [(X[:first], Y[:first]), (X[first:], Y[first:])]
+    with pytest.raises(ObjectiveError, match="not a mean over examples"):
+        Objective(net(), nn.CrossEntropyLoss(reduction="sum"), batches)
+
+
+def test_class_weights_are_seen_in_sorted_data():
+    order = Y.sort().indices
+    with pytest.raises(ObjectiveError, match="not a mean over examples"):
+        Objective(net(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.1])), [(X[part], Y[part]) for part in order.split(10)])
+
+
+def test_a_fitted_net_is_no_sum():
+    "Where the loss is nearly zero, its rounding is not."
+    model = nn.Linear(6, 3)
+    with torch.no_grad():
+        model.weight.zero_(), model.bias.copy_(torch.tensor([18.0, 0.0, 0.0]))
+    assert Objective(model, F.cross_entropy, (X, torch.zeros_like(Y)), batch_size=7).value < 1e-6
+
+
+def test_computed_weights_and_kept_activations_are_copied():
+    with pytest.warns(FutureWarning):
+        old = nn.utils.weight_norm(nn.Linear(6, 3))
+    pruned = nn.Linear(6, 3)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    keeping = net(nn.Tanh())
+    keeping.features = keeping(X)
+    for model in (old, pruned, keeping):
+        model(X)
+        measured = Objective(model, F.cross_entropy, (X, Y))
+        assert measured.value == pytest.approx(F.cross_entropy(model(X), Y).item(), rel=1e-6)
+        assert measured.at(measured.weights).value == measured.value
+
+
+def test_a_model_that_differentiates_inside():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = net(nn.Tanh())
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.layer(x).sum(), x, create_graph=True)[0]
+
+    with torch.no_grad():
+        measured = Objective(Energy(), F.mse_loss, (X, X))
+    assert measured.loss() == measured.value == pytest.approx(measured.gradient()[0], rel=1e-6)
+
+
+def test_data_parallel_is_the_model_in_it():
+    assert Objective(nn.DataParallel(net()), F.cross_entropy, (X, Y)).names == Objective(net(), F.cross_entropy, (X, Y)).names
+
+
+def test_batch_statistics_are_those_of_all_tensors_given():
+    "Whatever the largest activation is."
+    images, labels = torch.randn(16, 3, 96, 96, generator=GENERATOR), torch.randint(3, (16,), generator=GENERATOR)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+    measured = Objective(model, F.cross_entropy, (images, labels), batchnorm="batch")
+    assert measured.value == pytest.approx(F.cross_entropy(model.train()(images), labels).item(), rel=1e-6)
+    assert Objective(model, F.cross_entropy, (images, labels)).batch_size < 16
+
+
+def test_frozen_statistics_do_not_depend_on_the_batches():
+    order = Y.sort().indices
+    values = [Objective(net(nn.BatchNorm1d(8), nn.ReLU()), F.cross_entropy, (X[order], Y[order]), batchnorm="frozen", batch_size=size).value for size in (50, 20, 10)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+
+
+def test_test_data_are_looked_at_too():
+    measured = Objective(net(), F.cross_entropy, (X, Y))
+    for data, said in [((X * float("nan"), Y), "loss over the data is nan"), ((X[:3], Y), "3 and 50 rows")]:
+        with pytest.raises(ObjectiveError, match=said):
+            measured.over(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [((X.numpy(), Y.numpy()), "torch.from_numpy"), ([{"x": X, "y": Y}], "got dict"), ([(X, Y, Y)], "got tuple"), ("mnist", "got str"), (TensorDataset(X, Y), "a DataLoader")],
+    ids=["arrays", "dictionaries", "triples", "a name", "a dataset"],
+)
+def test_data_of_another_kind(data, said):
+    with pytest.raises(ObjectiveError, match=said):
+        Objective(net(), F.cross_entropy, data)
+
+
+def test_a_loader_is_read_twice_to_begin_with_and_once_a_pass():
+    class Counted(TensorDataset):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    counted = Counted(X, Y)
+    measured = Objective(net(), F.cross_entropy, DataLoader(counted, batch_size=10))
+    assert counted.read == 10 + 2 * 50, "the first batch to try the model, then two passes that must be the same"
+    measured.loss()
+    assert counted.read == 160
+
+
+def test_a_lazy_layer_wants_a_batch_first():
+    with pytest.raises(ObjectiveError, match="run one batch through the model first"):
+        Objective(nn.Sequential(nn.LazyLinear(3)), F.cross_entropy, (X, Y))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.landscape import (
-    LandscapeError, barrier, held, interpolate, line, load_table, normalised, orthogonalised, plot_contour, plot_line, plot_surface,
+    LandscapeError, Shared, Span, barrier, held, interpolate, line, load_table, normalised, orthogonalised, plot_contour, plot_line, plot_surface,
     plot_trajectory, random_directions, read_table, save_table, surface, trajectory,
 )  # fmt: skip
 from flatmin_nb.lab.objective import Objective
@@ -85,7 +85,7 @@ def test_a_shared_first_layer_gives_the_values_of_the_objective(data, options):
         assert row.train_loss == pytest.approx(objective.loss(place), rel=1e-12)
         assert row.test_loss == pytest.approx(test.loss(place), rel=1e-12)
         assert (row.train_error, row.test_error) == (objective.evaluate(place)[1], test.evaluate(place)[1])
-    assert table.train_loss[2] == objective.value and table.test_loss[2] == test.value
+    assert table.train_loss[2] == objective.loss() and table.test_loss[2] == test.loss()
 
 
 class Called(nn.Module):
@@ -109,7 +109,18 @@ class Scaled(nn.Linear):
         return super().forward(x) ** 2
 
 
+INSIDE = "called inside a transformation"
+LATER = "the products of the first layer, 'first', serve {} calls, as the others have another input"
+
+
+def slope_of(net, x):
+    "How the last layer's outputs change along an input of ones."
+    return torch.func.jvp(lambda x: net.last(torch.tanh(net.first(x))), (x,), (torch.ones_like(x),))[1]
+
+
 @pytest.mark.parametrize(("reason", "forward"), [
+    (INSIDE, slope_of),
+    (INSIDE, lambda net, x: torch.func.vmap(lambda x: net.last(torch.tanh(net.first(x))))(x)),
     ("called more than once", lambda net, x: net.last(net.first(net.first(x)))),
     ("input of the first linear layer, 'first', depends", lambda net, x: net.last(net.first(x + net.shift))),
     ("input of the first linear layer, 'first', depends", lambda net, x: net.last(net.first(x + net.shift.detach()))),
@@ -128,6 +139,7 @@ def test_what_cannot_be_shared_is_measured_point_by_point_and_says_so(reason, fo
     lambda net, x: net.last(torch.tanh(net.first(x)) + x @ net.first.weight),  # the weight is used elsewhere too
     lambda net, x: net.last(net.first(x.cos()) * net.shift),
     lambda net, x: net.last(F.relu(net.first(x.view(-1, 1, 5))).flatten(1)),
+    lambda net, x: net.last(torch.tanh(net.first(input=x))),
 ])  # fmt: skip
 def test_sharing_does_not_mind_what_else_a_weight_is_for(forward):
     objective = Objective(Called(forward), F.cross_entropy, (x, y))
@@ -135,6 +147,87 @@ def test_sharing_does_not_mind_what_else_a_weight_is_for(forward):
     table = line(objective, direction, ALPHAS)
     assert "'first'" in table.attrs["plan"]
     assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+def looped(net, x):
+    return net.last(sum(torch.tanh(net.first(step)) for step in x.unbind(1)))
+
+
+PARTS = [(torch.randn(10, steps, 5, generator=random, dtype=torch.float64), torch.randint(3, (10,), generator=random)) for steps in (1, 3)]
+
+
+@pytest.mark.parametrize(("served", "forward", "data"), [
+    ("5 of 25", lambda net, x: net.last(torch.tanh(torch.cat([net.first(part) for part in x.split(14)]))), (x, y)),  # equal parts
+    ("5 of 25", lambda net, x: net.last(torch.tanh(torch.cat([net.first(part) for part in x.split(16)]))), (x, y)),  # unequal ones
+    ("10 of 20", looped, PARTS),  # a later batch is longer
+    ("4 of 5", lambda net, x: net.last(net.first((x + net.shift.detach() > 0).to(x))), (torch.where(torch.arange(70)[:, None] < 2, 9, -0.5 * torch.ones_like(x)), y)),
+])  # fmt: skip
+def test_a_first_layer_serves_only_the_input_of_its_products(served, forward, data):
+    net = Called(forward)
+    nn.init.zeros_(net.shift)
+    objective = Objective(net, F.cross_entropy, data)
+    direction = direction_of(objective)
+    objective.split(direction)["shift"].fill_(1)
+    table = line(objective, direction, ALPHAS)
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+    assert table.attrs["plan"] == LATER.format(served)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_layer_that_is_tied_to_a_later_one_moves_with_it(what, chained):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            setattr(self.two, what, getattr(self.one, what))
+
+        def forward(self, x):  # the second first
+            hidden = torch.tanh(self.two(x))
+            return self.last(torch.tanh(self.one(hidden) if chained else hidden + self.one(x)))
+
+    objective = Objective(Tied().double(), F.cross_entropy, (x, y))
+    direction = direction_of(objective)
+    table = line(objective, direction, ALPHAS)
+    assert table.attrs["plan"] == "the products of the first layer, 'two', serve all points of a line"
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+def test_products_serve_the_memory_and_the_numbers_of_which_they_were_made():
+    layer, input = nn.Linear(5, 3).double(), x.clone()
+    step = {name: torch.ones_like(value) for name, value in layer.named_parameters()}
+    shared = Shared(layer, layer, Span(dict(layer.named_parameters()), step))
+    with torch.no_grad():
+        for given, served in [
+            (lambda: input, 1), (lambda: input, 2), (lambda: input.view(70, 5), 3), (input.clone, 4), (lambda: input[:9], 4), (lambda: x.flip(0), 4),
+            (lambda: x.clone().requires_grad_(), 4), (lambda: input.mul_(2), 4), (input.clone, 4),
+        ]:  # fmt: skip
+            now = given()
+            assert torch.equal(shared(now), F.linear(now, layer.weight, layer.bias)) and shared.served == served
+        shared.forget()
+        assert torch.equal(shared(input), F.linear(input, layer.weight, layer.bias)) and shared.served == 5
+
+
+def test_a_bias_that_is_computed_is_not_taken_for_a_constant():
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 8), "bias", dim=None), nn.Tanh(), nn.Linear(8, 3)).double()
+    objective = Objective(net, F.cross_entropy, (x, y))
+    direction = direction_of(objective)
+    table = line(objective, direction, ALPHAS)
+    assert table.train_loss.tolist() == pytest.approx([objective.loss(objective.weights + alpha * direction) for alpha in ALPHAS], rel=1e-12)
+
+
+def test_a_model_that_keeps_its_activations_can_be_walked():
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    net = Keeps(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net(x)
+    objective = Objective(net, F.cross_entropy, (x, y))
+    objective.gradient()
+    assert line(objective, direction_of(objective), ALPHAS).train_loss[2] == objective.loss()
+    assert abs(interpolate(net, net, F.cross_entropy, (x, y)).barrier) < 1e-14
 
 
 def test_a_layer_with_a_forward_of_its_own_is_not_shared():
@@ -146,7 +239,7 @@ def test_only_the_chosen_weights_move():
     net = net_with(nn.Tanh)
     objective = Objective(net, F.cross_entropy, (x, y), parameters="2.*")
     table = line(objective, direction_of(objective), ALPHAS)
-    assert "'2', serve all points" in table.attrs["plan"] and table.train_loss[2] == objective.value
+    assert "'2', serve all points" in table.attrs["plan"] and table.train_loss[2] == objective.loss()
     assert objective.model[0].weight.equal(net[0].weight)
     whole = Objective(net, F.cross_entropy, (x, y))
     step = whole.join(whole.split(torch.zeros(whole.size, dtype=torch.float64)) | objective.split(direction_of(objective)))
@@ -158,7 +251,7 @@ def test_an_objective_at_other_weights_is_measured_there():
     direction = direction_of(objective)
     there = objective.at(objective.weights + 0.5 * direction)
     table = line(there, direction, ALPHAS, test=(x, y))
-    assert table.train_loss[2] == there.value == table.test_loss[2] != objective.value
+    assert table.train_loss[2] == there.loss() == table.test_loss[2] != objective.loss()
 
 
 def test_inputs_of_several_tensors_and_tied_weights():

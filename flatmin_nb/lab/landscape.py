@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'BIASES', 'ROOM', 'FEW', 'CLOSE', 'COLUMNS', 'STRAIGHT', 'LandscapeError', 'blocks', 'vectors',
-           'normalised', 'orthogonalised', 'random_directions', 'gradient_direction', 'combined', 'Span', 'calls_of',
-           'names_in', 'first_linear', 'Shared', 'bar', 'Walk', 'coordinates', 'one_direction', 'line', 'axes_or_new',
-           'splits_of', 'plot_line', 'save_table', 'read_table', 'load_table', 'digest', 'question', 'held',
-           'done_before', 'surface', 'grid_of', 'levels_of', 'plot_contour', 'plot_surface', 'barrier', 'Interpolation',
-           'end_of_path', 'refuse_unlike', 'path_between', 'interpolate', 'Trajectory', 'weights_of', 'trajectory',
-           'plot_trajectory']
+           'normalised', 'orthogonalised', 'random_directions', 'gradient_direction', 'combined', 'Span', 'place',
+           'calls_of', 'names_in', 'can_be_shared', 'first_linear', 'Shared', 'bar', 'Walk', 'coordinates',
+           'one_direction', 'line', 'axes_or_new', 'splits_of', 'plot_line', 'save_table', 'read_table', 'load_table',
+           'digest', 'question', 'held', 'done_before', 'surface', 'grid_of', 'levels_of', 'plot_contour',
+           'plot_surface', 'barrier', 'Interpolation', 'end_of_path', 'refuse_unlike', 'path_between', 'interpolate',
+           'Trajectory', 'weights_of', 'trajectory', 'plot_trajectory']
 
-# %% ../../nbs/lab/landscape.ipynb #8d6f1cb7
+# %% ../../nbs/lab/landscape.ipynb #746a5a03
 import copy
 import hashlib
 import json
@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .errors import OneLineError, check_whole, no_such
-from .objective import Batch, Objective, errors, mapped
+from .objective import Batch, Objective, copied, errors, mapped
 from .results import plain, written_whole
 from .state import batchnorms, reestimate
 
@@ -141,7 +142,7 @@ def gradient_direction(objective: Objective) -> Tensor:
         raise LandscapeError("the gradient is zero here, so it has no direction")
     return gradient / gradient.norm()
 
-# %% ../../nbs/lab/landscape.ipynb #f8698f53
+# %% ../../nbs/lab/landscape.ipynb #d89f732b
 def combined(
     start: Tensor,
     step: Tensor,
@@ -154,7 +155,7 @@ def combined(
 
 
 class Span:
-    "The points a * start + b * step, one at a time, as views of one buffer."
+    "The points a * start + b * step, one at a time, as views of one buffer for each dtype."
 
     def __init__(
         self,
@@ -163,14 +164,18 @@ class Span:
         positive: Sequence[str] = (),  # what must not fall below zero: variances
     ):
         self.start, self.step, self.positive = start, step, positive
-        self.flat = [torch.cat([part[name].reshape(-1) for name in start]) for part in (start, step)]
-        self.buffer = torch.empty_like(self.flat[0])
-        parts = self.buffer.split([part.numel() for part in start.values()])
-        self.views = {name: part.view(start[name].shape) for name, part in zip(start, parts)}
+        self.parts, self.views = [], {}  # of one dtype each: flat start and step, and the buffer that is viewed
+        for dtype in dict.fromkeys(value.dtype for value in start.values()):
+            names = [name for name, value in start.items() if value.dtype == dtype]
+            flat = [torch.cat([part[name].reshape(-1) for name in names]) for part in (start, step)]
+            self.parts.append((*flat, buffer := torch.empty_like(flat[0])))
+            for name, part in zip(names, buffer.split([start[name].numel() for name in names])):
+                self.views[name] = part.view(start[name].shape)
 
     def at(self, coefficients: tuple[float, float]) -> dict[str, Tensor]:
         "The tensors of one point, by name; good until the next is asked for."
-        combined(*self.flat, coefficients, self.buffer)
+        for start, step, buffer in self.parts:
+            combined(start, step, coefficients, buffer)
         for name in self.positive:
             self.views[name].clamp_(min=0)
         return self.views
@@ -181,65 +186,105 @@ class Span:
         size: int,  # how many numbers, from the first
     ) -> Tensor:  # in double precision, one per point
         "The squared norms of points, from three products."
-        start, step = (flat[:size].double() for flat in self.flat)
+        start, step = (flat[:size].double() for flat in self.parts[0][:2])
         a, b = torch.tensor(coefficients, dtype=torch.float64, device=start.device).T
         return a * a * start.square().sum() + 2 * a * b * (start * step).sum() + b * b * step.square().sum()
 
-# %% ../../nbs/lab/landscape.ipynb #3c7c7e85
+# %% ../../nbs/lab/landscape.ipynb #6b1f9b7c
 FEW = 2  # examples with which a model is watched
 
 
-def calls_of(objective: Objective, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor], batch: Batch) -> list[tuple[str, Tensor]]:
-    "Which of these layers are called, in their order, and with what input."
-    calls: list[tuple[str, Tensor]] = []
-    notes = [layer.register_forward_pre_hook(lambda layer, given, name=name: calls.append((name, given[0]))) for name, layer in layers.items()]
+def place(tensor: Tensor) -> tuple | None:
+    "Where a tensor lies, as what, and how often it was written to. None inside a transformation of torch.func or forward mode, and where nobody counts."
+    try:
+        if tensor.is_inference() or unpack_dual(tensor).tangent is not None:
+            return None
+        return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version) if tensor.data_ptr() else None
+    except RuntimeError:  # it has no memory of its own
+        return None
+
+
+def calls_of(objective: Objective, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor], batch: Batch) -> list[tuple[str, Tensor | None]]:
+    "Which of these layers are called, in their order, and with what input: None inside a transformation."
+    calls: list[tuple[str, Tensor | None]] = []
+
+    def note(name: str, given: tuple, named: dict) -> None:
+        given, = (*given, *named.values())
+        calls.append((name, None if place(given) is None else given))
+
+    notes = [layer.register_forward_pre_hook(lambda _, *given, name=name: note(name, *given), with_kwargs=True) for name, layer in layers.items()]
     try:
         objective.outputs(weights, batch)
     finally:
-        for note in notes:
-            note.remove()
+        for handle in notes:
+            handle.remove()
     return calls
 
 
-def names_in(layer: str) -> tuple[str, str]:
-    "The full names of the weight and the bias of a layer."
-    return tuple(f"{layer}.{kind}".removeprefix(".") for kind in ("weight", "bias"))
+def names_in(model: nn.Module, layer: nn.Linear) -> tuple[str | None, str | None]:
+    "The names of the weight and the bias of a layer among the parameters of the model: of their first place, where they are tied."
+    names = {id(value): name for name, value in model.named_parameters()}
+    return names.get(id(layer.weight)), names.get(id(layer.bias))
+
+
+def can_be_shared(model: nn.Module, layer: nn.Module, moving: Mapping[str, Tensor]) -> bool:
+    "Whether it is a plain linear layer whose weight moves, and whose bias, if any, is a parameter."
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    weight, bias = names_in(model, layer)
+    return weight in moving and (layer.bias is None or bias is not None)
 
 
 def first_linear(objective: Objective, span: Span, batch: Batch) -> tuple[str, nn.Linear] | str:
     "The layer whose products can be shared, with its name; or the reason why there is none."
-    layers = {name: layer for name, layer in objective.model.named_modules() if type(layer) is nn.Linear and "forward" not in vars(layer)}
-    layers = {name: layer for name, layer in layers.items() if names_in(name)[0] in span.views}
-    few = Batch(mapped(lambda tensor: tensor[:FEW], batch.inputs), batch.targets[:FEW], batch.share, batch.index)
-    parameters = dict(objective.model.named_parameters())
+    layers = {name: layer for name, layer in objective.model.named_modules() if can_be_shared(objective.model, layer, span.views)}
+    few, parameters = batch.first(FEW), dict(objective.model.named_parameters())
     here = {name: value.clone().requires_grad_(name in parameters) for name, value in span.at((1, 0)).items()}
     with torch.enable_grad():
         calls = calls_of(objective, layers, here, few)
     again = calls_of(objective, layers, span.at((1, 1)), few)
-    if not calls:
+    if not calls or not again:
         return "no linear layer that moves is called"
     (name, given), (name_again, given_again) = calls[0], again[0]
     if name != name_again or any([called for called, _ in both].count(name) > 1 for both in (calls, again)):
         return f"the first linear layer, '{name}', is called more than once"
+    if given is None or given_again is None:
+        return f"the first linear layer, '{name}', is called inside a transformation"
     if given.requires_grad or not torch.equal(given, given_again):
         return f"the input of the first linear layer, '{name}', depends on what moves"
     return name, layers[name]
 
-# %% ../../nbs/lab/landscape.ipynb #5ce10739
+# %% ../../nbs/lab/landscape.ipynb #6a4dd4cd
 class Shared:
-    "The forward of an nn.Linear at the points of `span`: its products with start and step, made once per batch."
+    "The forward of an nn.Linear at the points of `span`: its products with start and step, made once per batch, for the one input of which they were made."
 
-    def __init__(self, name: str, module: nn.Module, span: Span):
-        weight, bias = names_in(name)
-        self.coefficients, self.products = (1.0, 0.0), None
-        self.layers = (span.start[weight], span.start.get(bias, module.bias)), (span.step[weight], span.step.get(bias))
+    def __init__(self, model: nn.Module, layer: nn.Linear, span: Span):
+        weight, bias = names_in(model, layer)
+        self.layer, self.coefficients, self.calls, self.served = layer, (1.0, 0.0), 0, 0
+        self.ends = (span.start[weight], span.start.get(bias, layer.bias)), (span.step[weight], span.step.get(bias))
+        self.forget()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.products is None:
-            self.products = [F.linear(x, *layer) for layer in self.layers]
+    def forget(self) -> None:
+        "Another batch comes."
+        self.given = self.place = self.products = None
+
+    def __call__(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        self.calls += 1
+        here = None if input.requires_grad else place(input)
+        if self.products is None and here is not None:
+            self.given, self.place, self.products = input, here, [F.linear(input, *end) for end in self.ends]
+        if not self.knows(input, here):
+            return F.linear(input, self.layer.weight, self.layer.bias)
+        self.served += 1
         return combined(*self.products, self.coefficients)
 
-# %% ../../nbs/lab/landscape.ipynb #f1b627ad
+    def knows(self, input: Tensor, here: tuple | None) -> bool:
+        "Whether the products are those of this input: the same memory, or the same numbers, and nothing written over them since."
+        if here is None or place(self.given) != self.place:
+            return False
+        return here == self.place or input.dtype == self.given.dtype and torch.equal(input, self.given)
+
+# %% ../../nbs/lab/landscape.ipynb #2b809465
 def bar(
     total: int,
     unit: str,
@@ -261,7 +306,7 @@ class Walk:
         self.given = {"train": objective}
         if test is not None:
             self.given["test"] = test if isinstance(test, Objective) else objective.over(test)
-        model = copy.deepcopy(objective.model)
+        model = copied(objective.model)
         parameters = dict(model.named_parameters())
         for name, value in objective.split(objective.weights).items():
             parameters[name].copy_(value)
@@ -284,12 +329,13 @@ class Walk:
             yield None
             return
         name, module = self._found
-        self.plan = f"the products of the first layer, '{name}', serve all points of a line"
-        module.forward = shared = Shared(name, module, span)
+        module.forward = shared = Shared(self.train.model, module, span)
         try:
             yield shared
         finally:
             del module.forward
+        what = "all points of a line" if shared.served == shared.calls else f"{shared.served:,} of {shared.calls:,} calls, as the others have another input"
+        self.plan = f"the products of the first layer, '{name}', serve {what}"
 
     @torch.no_grad()
     def along(
@@ -304,7 +350,6 @@ class Walk:
         totals = {}
         for split, one in self.objectives.items():
             totals[split] = torch.zeros(len(points), 2, dtype=torch.float64, device=one.device)
-            totals[split][:, 0] = 0.5 * one.weight_decay * span.squares(points, one.size)
             self.given[split].forwards += len(points)
         examples = len(points) * sum(one.count for one in self.objectives.values())
         with bar(examples, "example", progress, unit_scale=True, leave=False) as shown:
@@ -320,6 +365,8 @@ class Walk:
                         self._add(total, self.objectives[split], span, points, shared, shown)
         columns = {}
         for split, total in totals.items():
+            one = self.objectives[split]
+            total[:, 0] += 0.5 * one.weight_decay * span.squares(points, one.size)
             loss, error = total.T.cpu().numpy()
             columns |= {f"{split}_loss": loss, f"{split}_error": 100 * error}
         return pd.DataFrame(columns)
@@ -328,7 +375,7 @@ class Walk:
         "Add the losses and errors of all batches, at each point, to its row of `total`."
         for batch in one.batches():
             if shared is not None:
-                shared.products = None
+                shared.forget()
             for row, point in zip(total, points):
                 if shared is not None:
                     shared.coefficients = point
@@ -620,10 +667,10 @@ class Interpolation:
     barrier: float  # of the train loss
     test_barrier: float  # of the test loss; nan without test data
 
-# %% ../../nbs/lab/landscape.ipynb #fdf87d59
+# %% ../../nbs/lab/landscape.ipynb #6772b656
 def end_of_path(model: nn.Module) -> nn.Module:
     "A copy of `model` all of whose parameters may move."
-    model = copy.deepcopy(model)
+    model = copied(model)
     for value in model.parameters():
         value.requires_grad_(value.is_floating_point())
     return model

@@ -190,7 +190,7 @@ def examples_at_once(
             hook.remove()
     return max(1, ACTIVATION * len(batch) // max(largest))
 
-# %% ../../nbs/lab/objective.ipynb #c02a1bd9
+# %% ../../nbs/lab/objective.ipynb #fa2c0e8b
 class Objective:
     "The mean loss of a model over fixed data, a deterministic function of one flat vector of weights [D]."
 
@@ -478,8 +478,7 @@ class Objective:
     def _survey(self) -> None:
         "Look at all data: each batch must be fit, the loss a finite mean over examples, and a loader's second pass like its first. Sets `count` and `value`."
         self.count, index, first, second = 1, 0, [], []
-        total, unlike = torch.zeros(2, dtype=torch.float64, device=self.device), torch.zeros((), dtype=torch.bool, device=self.device)
-        count = 0
+        values, unlike, count = [], torch.zeros((), dtype=torch.bool, device=self.device), 0
         with self._loader_kept():
             for number, pair in enumerate(self.data):
                 refuse_pair(pair, number)
@@ -488,7 +487,7 @@ class Objective:
                     outputs = self.outputs(self.weights, batch)
                     value = self.loss_function(outputs, batch.targets).detach()
                     self._refuse_loss(value, finite=False)
-                    total[0] += len(batch) * value.double()
+                    values.append((len(batch), value.double()))
                     unlike |= self._sums(outputs, batch.targets)
                     index += 1
                 count += len(pair[1])
@@ -499,7 +498,10 @@ class Objective:
         if unlike:
             raise ObjectiveError("the loss is not a mean over examples (a sum? class weights? an ignore_index? shapes that broadcast?), "
                                  "so it depends on how the data fall into batches; use a mean")  # fmt: skip
-        self.count, self.value, self.forwards = count, float(total[0]) / count + self._decay(self.weights), self.forwards + 1
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for size, value in values:
+            total += size / count * value  # as `loss` adds them up, to the bit
+        self.count, self.value, self.forwards = count, float(total) + self._decay(self.weights), self.forwards + 1
         self.batch_size = min(self.batch_size, count)
         if not abs(self.value) < float("inf"):
             raise ObjectiveError(f"the loss over the data is {self.value}; there is nothing to measure")

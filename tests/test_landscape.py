@@ -326,6 +326,71 @@ def test_weight_normalised_directions_are_relative():
     torch.testing.assert_close(normalised(objective, drawn, "weight", "as weights"), drawn * objective.weights.abs())
 
 
+def rescaled(net, factors):
+    "`net`, computing the same: the outputs of its first layer times `factors`, undone by the second."
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net[0].weight.mul_(factors[:, None])
+        net[0].bias.mul_(factors)
+        net[-1].weight.div_(factors)
+    return net
+
+
+@pytest.mark.parametrize(("normalise", "by_layer", "by_unit"), [("filter", True, False), ("layer", True, False), ("weight", True, True), (None, False, False)])
+def test_what_a_rescaling_of_relus_does_to_a_slice(normalise, by_layer, by_unit):
+    net = net_with(nn.ReLU)
+    objective = Objective(net, F.cross_entropy, (x, y))
+    expected = line(objective, random_directions(objective, normalise=normalise), ALPHAS).train_loss
+    for factors, stays in ((torch.full((8,), 10.0), by_layer), (torch.logspace(-1, 1, 8), by_unit)):
+        other = Objective(rescaled(net, factors), F.cross_entropy, (x, y))
+        assert other.value == pytest.approx(objective.value, rel=1e-12)
+        difference = (line(other, random_directions(other, normalise=normalise), ALPHAS).train_loss - expected).abs().max()
+        assert difference < 1e-12 if stays else difference > 0.1
+
+
+def test_in_front_of_batchnorm_a_factor_per_filter_changes_nothing():
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8, eps=1e-12), nn.ReLU(), nn.Linear(8, 3)).double()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight.mul_(torch.logspace(-1, 1, 8)[:, None])
+        other[0].bias.mul_(torch.logspace(-1, 1, 8))
+    tables = [line(one, random_directions(one), ALPHAS) for one in (Objective(net, F.cross_entropy, (x, y), batchnorm="batch") for net in (net, other))]
+    pd.testing.assert_series_equal(tables[0].train_loss, tables[1].train_loss, rtol=1e-9)
+
+
+def test_the_filters_of_a_transposed_convolution_are_its_input_channels():
+    net = nn.Sequential(nn.Unflatten(1, (5, 1)), nn.ConvTranspose1d(5, 3, 2), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = Objective(net, F.cross_entropy, (x, y))
+    direction, weights = (objective.split(vector)["1.weight"] for vector in (random_directions(objective)[:, 0], objective.weights))
+    torch.testing.assert_close(direction.norm(dim=(1, 2)), weights.norm(dim=(1, 2)))
+    assert not torch.allclose(direction.norm(dim=(0, 2)), weights.norm(dim=(0, 2)), rtol=1e-3)
+
+
+def test_the_gains_of_weight_norm_are_blocks_of_one():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3)).double()
+    objective = Objective(net, F.cross_entropy, (x, y))
+    name = "0.parametrizations.weight.original0"
+    direction, gains = (objective.split(vector)[name] for vector in (random_directions(objective)[:, 0], objective.weights))
+    torch.testing.assert_close(direction.abs(), gains)
+
+
+def test_a_model_of_biases_alone_needs_them_as_weights():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y), parameters="*bias")
+    with pytest.raises(LandscapeError, match="give biases='as weights'") as refusal:
+        random_directions(objective)
+    assert "\n" not in str(refusal.value)
+    assert np.isfinite(line(objective, random_directions(objective, biases="as weights"), ALPHAS).train_loss).all()
+
+
+def test_a_place_on_an_axis_is_given_once():
+    objective = Objective(net_with(nn.Tanh), F.cross_entropy, (x, y))
+    directions = random_directions(objective, 2).T
+    for axes, name in ((([0, 0.5, 0], [0, 1]), "xs"), (([0, 1], [-0.0, 0.0]), "ys")):
+        with pytest.raises(LandscapeError, match=f"{name} must be different numbers; got -?0 twice"):
+            surface(objective, *directions, *axes, progress=False)
+    assert line(objective, directions[0], [0.5, 0.5]).train_loss.nunique() == 1
+
+
 # ---- interruptions ----
 
 def test_an_interrupted_surface_leaves_the_objective_and_the_model_as_they_were():
@@ -506,6 +571,72 @@ def test_the_barrier_is_between_the_ends_alone():
         barrier(table.iloc[2:])
 
 
+def test_a_barrier_that_cannot_be_seen_is_not_none():
+    assert np.isnan(barrier(pd.DataFrame({"alpha": [0, 0.5, 1], "train_loss": [1, np.nan, 1]})))
+    assert barrier(pd.DataFrame({"alpha": [0, 0.5, 1], "train_loss": [1, np.inf, 1]})) == np.inf
+
+
+class Buffered(nn.Module):
+    "A net with a buffer, which `use` joins to the outputs of the layer."
+
+    def __init__(self, buffer, use=torch.add, seed=0, persistent=True):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer, self.use = nn.Linear(5, 3), use
+        self.register_buffer("buffer", buffer, persistent)
+
+    def forward(self, x):
+        return self.use(self.layer(x), self.buffer)
+
+
+def masked(outputs, mask):
+    return (outputs[:, :, None] + mask).softmax(-1)[:, :, 0]  # as attention does
+
+
+@pytest.mark.parametrize("reestimated", [True, False])
+def test_buffers_that_both_ends_share_do_not_move(reestimated):
+    mask = torch.tensor([0, 0, -torch.inf])
+    ends = [Buffered(mask.clone(), masked, seed) for seed in (0, 1)]
+    found = interpolate(*ends, F.cross_entropy, (x.float(), y), [-0.5, 0.3, 1.5], reestimate=reestimated)
+    assert np.isfinite(found.table.train_loss).all() and np.isfinite(found.barrier)
+    seen = []
+    ends = [Buffered(torch.tensor(0.1), lambda outputs, buffer: seen.append(buffer.item()) or outputs, seed) for seed in (0, 1)]
+    interpolate(*ends, F.cross_entropy, (x.float(), y), np.linspace(0, 1, 25))
+    assert len(set(seen)) == 1
+
+
+def test_buffers_that_differ_move_and_must_be_finite():
+    ends = [Buffered(torch.full((3,), float(seed), dtype=torch.float64), torch.mul, 0, persistent=False).double() for seed in (1, 3)]
+    found = interpolate(*ends, F.cross_entropy, (x, y), [0.5])
+    assert found.table.train_loss[1] == pytest.approx(F.cross_entropy(2 * ends[0].layer(x), y).item(), rel=1e-12)
+    ends[1].buffer[0] = torch.inf
+    with pytest.raises(LandscapeError, match="'buffer' differs between the two models and holds numbers that are not finite"):
+        interpolate(*ends, F.cross_entropy, (x, y))
+
+
+def test_parameters_and_buffers_of_other_precision_keep_theirs():
+    def scaled(outputs, buffer):
+        assert (outputs.dtype, buffer.dtype) == (torch.bfloat16, torch.float32)
+        return outputs.float() * buffer
+
+    ends = [Buffered(torch.full((3,), 1.0 + seed), scaled, seed) for seed in (0, 1)]
+    for end in ends:
+        end.layer.bfloat16()
+    found = interpolate(*ends, F.cross_entropy, (x, y), [0.5])
+    with torch.no_grad():
+        assert found.table.train_loss.iloc[-1] == pytest.approx(F.cross_entropy(ends[1](x.bfloat16()), y).item(), rel=1e-6)
+        assert found.table.train_loss.iloc[0] == pytest.approx(F.cross_entropy(ends[0](x.bfloat16()), y).item(), rel=1e-6)
+
+
+def tied(*places):
+    "Three square layers, of which those at `places` have one weight."
+    net = nn.Sequential(*(nn.Linear(5, 5) for _ in range(3))).double()
+    for place in places[1:]:
+        net[place].weight = net[places[0]].weight
+    return net
+
+
 def test_a_model_and_itself_have_no_barrier():
     net = net_with(lambda: nn.BatchNorm1d(8), nn.ReLU)
     assert abs(interpolate(net, net, F.cross_entropy, (x, y)).barrier) < 1e-14
@@ -522,14 +653,22 @@ def test_frozen_parameters_are_interpolated_too():
 @pytest.mark.parametrize(("other", "options", "message"), [
     (net_with(nn.Tanh, nn.Tanh), {}, "'b' has no '2.weight'"),
     (nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).double(), {}, r"'0.weight' has the shape \(8, 5\) in 'a', \(9, 5\) in 'b'"),
+    (Buffered(torch.zeros(2), persistent=False), {"first": Buffered(torch.zeros(3), persistent=False)}, r"'buffer' has the shape \(3,\) in 'a', \(2,\) in 'b'"),
+    (Buffered(None), {"first": Buffered(torch.zeros(3), persistent=False)}, "'b' has no 'buffer'"),
+    (Buffered(torch.arange(3), persistent=False), {"first": Buffered(torch.ones(3).long(), persistent=False)}, "other whole numbers"),
+    (tied(), {"first": tied(0, 1)}, "'1.weight' is tied to '0.weight' in 'a' and not tied in 'b'"),
+    (tied(0, 1), {"first": tied()}, "'1.weight' is not tied in 'a' and tied to '0.weight' in 'b'"),
+    (tied(1, 2), {"first": tied(0, 2)}, "'2.weight' is tied to '0.weight' in 'a' and tied to '1.weight' in 'b'"),
     (net_with(nn.Tanh), {"alphas": []}, "alphas must be"),
     (net_with(nn.Tanh), {"alphas": [0, float("inf")]}, "alphas must be"),
     (net_with(nn.Tanh), {"names": ("a", "a")}, "two different names"),
     (net_with(nn.Tanh), {"batchnorm": "frozen"}, "statistics of one end"),
 ])  # fmt: skip
 def test_ends_that_cannot_be_joined(other, options, message):
+    options = {"first": net_with(nn.Tanh)} | options
+    first = options.pop("first")
     with pytest.raises(LandscapeError, match=message) as refusal:
-        interpolate(net_with(nn.Tanh), other, F.cross_entropy, (x, y), **options)
+        interpolate(first, other, F.cross_entropy, (x, y), **options)
     assert isinstance(refusal.value, OneLineError) and "\n" not in str(refusal.value)
 
 
@@ -556,6 +695,40 @@ def test_runs_without_a_plane():
     for run in (torch.zeros(0, objective.size), [], objective.weights[:-1][None], objective.weights[None] * float("nan")):
         with pytest.raises(LandscapeError):
             trajectory(objective, run)
+
+
+def test_models_tied_alike_are_joined():
+    first, second = tied(0, 2), tied(0, 2)
+    found = interpolate(first, second, F.cross_entropy, (x, y), [0.5])
+    assert found.table.train_loss.iloc[-1] == Objective(second, F.cross_entropy, (x, y)).value
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_straight_run_is_straight_up_to_the_rounding_of_its_numbers(accumulated):
+    wide, data = nn.Linear(50, 400), (torch.randn(9, 50, generator=random), torch.arange(9))
+    objective = Objective(wide, F.cross_entropy, data)
+    step = 1e-4 * torch.randn(objective.size, generator=random)
+    bend = 3e-6 * torch.randn(objective.size, generator=random)
+    run = [objective.weights]
+    for k in range(1, 40):
+        run.append(run[-1] + step if accumulated else objective.weights + k * step)
+    run = torch.stack(run[::-1])
+    with pytest.raises(LandscapeError, match="spans no plane"):
+        trajectory(objective, run)
+    with pytest.raises(LandscapeError, match="spans no plane"):  # recorded in float32, looked at in float64
+        trajectory(Objective(copy.deepcopy(wide).double(), F.cross_entropy, data), run)
+    assert sum(trajectory(objective, run + torch.arange(40)[:, None] ** 2 % 7 * bend).explained) > 0.99
+
+
+def test_a_run_may_come_one_by_one():
+    net = net_with(nn.Tanh)
+    objective = Objective(net, F.cross_entropy, (x, y))
+    states = [{name: value + torch.randn(value.shape, generator=random) for name, value in net.state_dict().items()} for _ in range(5)]
+    assert np.array_equal(trajectory(objective, (state for state in states)).points, trajectory(objective, states).points)
+    for wrong, message in ((states[0], "got one dict"), ("run.safetensors", "got one str"), (7, "got one int"), ([objective.weights], "got Tensor in it"), ((one for one in ()), "spans no plane")):
+        with pytest.raises(LandscapeError, match=message) as refusal:
+            trajectory(objective, wrong)
+        assert "\n" not in str(refusal.value)
 
 
 # ---- pictures ----

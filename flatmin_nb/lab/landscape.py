@@ -8,16 +8,16 @@ __all__ = ['NORMALISATIONS', 'BIASES', 'ROOM', 'FEW', 'CLOSE', 'COLUMNS', 'STRAI
            'calls_of', 'names_in', 'can_be_shared', 'first_linear', 'Shared', 'bar', 'Walk', 'coordinates',
            'one_direction', 'line', 'axes_or_new', 'splits_of', 'plot_line', 'save_table', 'read_table', 'load_table',
            'digest', 'question', 'held', 'done_before', 'surface', 'grid_of', 'levels_of', 'plot_contour',
-           'plot_surface', 'barrier', 'Interpolation', 'end_of_path', 'refuse_unlike', 'path_between', 'interpolate',
-           'Trajectory', 'weights_of', 'trajectory', 'plot_trajectory']
+           'plot_surface', 'barrier', 'Interpolation', 'end_of_path', 'contents', 'refuse_unlike', 'path_between',
+           'interpolate', 'Trajectory', 'weights_of', 'trajectory', 'plot_trajectory']
 
-# %% ../../nbs/lab/landscape.ipynb #746a5a03
+# %% ../../nbs/lab/landscape.ipynb #4f47164f
 import copy
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def blocks(objective: Objective, normalise: str | None) -> Iterator[tuple[slice,
     if normalise not in ("filter", "layer"):
         yield slice(0, start), 1
 
-# %% ../../nbs/lab/landscape.ipynb #e98eaba5
+# %% ../../nbs/lab/landscape.ipynb #771ca59f
 def vectors(objective: Objective, directions: Tensor) -> Tensor:
     "`directions`, [D] or [D, n], on the device and in the precision of the weights. LandscapeError if they are none."
     if not isinstance(directions, Tensor):
@@ -76,11 +76,13 @@ def normalised(
     normalise: str | None = "filter",  # each filter gets the norm of the weights' filter; or each "layer"; or d * |w| ("weight"); None: left as it is
     biases: str = "ignore",  # tensors of one dimension become 0, or are treated "as weights"
 ) -> Tensor:  # of the shape of `directions`
-    "Directions rescaled to the weights (Li et al. 2018, section 4; with `biases` as in their code)."
+    "Directions rescaled to the weights (Li et al. 2018, section 4; with `biases` as in their code). A filter is an entry of dimension 0, also of ConvTranspose and gains [out, 1]."
     if normalise not in NORMALISATIONS:
         raise LandscapeError(no_such("normalisation", normalise, map(str, NORMALISATIONS)))
     if biases not in BIASES:
         raise LandscapeError(no_such("treatment of biases", biases, BIASES))
+    if biases == "ignore" and not any(len(shape) > 1 for shape in objective.shapes):
+        raise LandscapeError("all chosen parameters are of one dimension, and biases='ignore' leaves those alone; give biases='as weights'")
     columns = vectors(objective, directions).reshape(objective.size, -1).T.clone(memory_format=torch.contiguous_format)  # [n, D]
     if normalise == "weight":
         columns *= objective.weights.abs()
@@ -384,8 +386,12 @@ class Walk:
                 row[1] += batch.share * errors(outputs, batch.targets)
                 shown.update(len(batch))
 
-# %% ../../nbs/lab/landscape.ipynb #8613db8f
-def coordinates(name: str, values: Sequence[float] | Tensor | np.ndarray) -> list[float]:
+# %% ../../nbs/lab/landscape.ipynb #cc1565d0
+def coordinates(
+    name: str,
+    values: Sequence[float] | Tensor | np.ndarray,
+    distinct: bool = False,  # refuse a number that comes twice
+) -> list[float]:
     "`values` as a list of numbers; LandscapeError unless there is one, all finite, in one dimension."
     try:
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
@@ -394,6 +400,8 @@ def coordinates(name: str, values: Sequence[float] | Tensor | np.ndarray) -> lis
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         what = "none" if not array.size else f"the shape {array.shape}" if array.ndim != 1 else "some that are not finite"
         raise LandscapeError(f"{name} must be a list of at least one finite number; got {what}")
+    if distinct and (twice := [value for place, value in enumerate(array.tolist()) if value in array[:place]]):
+        raise LandscapeError(f"{name} must be different numbers; got {twice[0]:g} twice")
     return array.tolist()
 
 
@@ -551,7 +559,7 @@ def done_before(file: Path | None, asked: dict) -> pd.DataFrame:
             raise LandscapeError(f"'{file}' holds a surface with other {name}{values}; remove it or give another file")
     return table
 
-# %% ../../nbs/lab/landscape.ipynb #e7d42a16
+# %% ../../nbs/lab/landscape.ipynb #d85dff03
 def surface(
     objective: Objective,
     x: Tensor,  # [D]: the direction of the first axis
@@ -565,7 +573,7 @@ def surface(
 ) -> pd.DataFrame:  # x, y, train_loss, train_error and with `test` test_loss, test_error: a row per point
     "Loss, and error in %, on the grid weights + x * first direction + y * second direction."
     x, y = one_direction(objective, "x", x), one_direction(objective, "y", y)
-    xs, ys, file = coordinates("xs", xs), coordinates("ys", ys), None if file is None else Path(file)
+    xs, ys, file = coordinates("xs", xs, distinct=True), coordinates("ys", ys, distinct=True), None if file is None else Path(file)
     walk = Walk(objective, test)
     with held(file):
         asked = {} if file is None else question(walk, (x, y), xs, ys)
@@ -648,14 +656,14 @@ def plot_surface(
     ax.set(xlabel="$x$", ylabel="$y$", zlabel=rf"$\log_{{10}}$ {name}" if log else name)
     return ax
 
-# %% ../../nbs/lab/landscape.ipynb #1d37ed2c
+# %% ../../nbs/lab/landscape.ipynb #527026ba
 def barrier(table: pd.DataFrame, column: str = "train_loss") -> float:
-    "How far `column` rises above the straight line between its values at alpha = 0 and 1, at most, over the alphas in between."
+    "How far `column` rises above the straight line between its values at alpha = 0 and 1, at most, over the alphas in between. nan if one is."
     part = table[table["alpha"].between(0, 1)]
     ends = [part.loc[part["alpha"] == end, column].tolist() for end in (0, 1)]
     if not all(ends):
         raise LandscapeError("the table must hold alpha = 0 and alpha = 1 for a barrier between them")
-    return float((part[column] - (1 - part["alpha"]) * ends[0][0] - part["alpha"] * ends[1][0]).max())
+    return float((part[column] - (1 - part["alpha"]) * ends[0][0] - part["alpha"] * ends[1][0]).max(skipna=False))
 
 
 @dataclass(frozen=True)
@@ -667,7 +675,7 @@ class Interpolation:
     barrier: float  # of the train loss
     test_barrier: float  # of the test loss; nan without test data
 
-# %% ../../nbs/lab/landscape.ipynb #6772b656
+# %% ../../nbs/lab/landscape.ipynb #af38e170
 def end_of_path(model: nn.Module) -> nn.Module:
     "A copy of `model` all of whose parameters may move."
     model = copied(model)
@@ -676,15 +684,26 @@ def end_of_path(model: nn.Module) -> nn.Module:
     return model
 
 
+def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "All parameters and buffers by name, and under which name each comes first: another one if it is tied."
+    both = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    tensors = {name: value for items in both for name, value in items}
+    firsts: dict[int, str] = {}
+    return tensors, {name: firsts.setdefault(id(value), name) for name, value in tensors.items()}
+
+
 def refuse_unlike(first: nn.Module, second: nn.Module, names: tuple[str, str]) -> None:
-    "LandscapeError unless the two have the same parameters and buffers, and differ in numbers that can lie in between."
-    mine, theirs = first.state_dict(), second.state_dict()
+    "LandscapeError unless the two have the same parameters and buffers, tied alike, and differ in numbers that can lie in between."
+    (mine, my_ties), (theirs, their_ties) = contents(first), contents(second)
     for name in [*mine, *theirs]:
         if name not in mine or name not in theirs:
             raise LandscapeError(f"the two models are of different architectures: '{names[name in mine]}' has no '{name}'")
         if mine[name].shape != theirs[name].shape:
             shapes = f"{tuple(mine[name].shape)} in '{names[0]}', {tuple(theirs[name].shape)} in '{names[1]}'"
             raise LandscapeError(f"the two models are of different architectures: '{name}' has the shape {shapes}")
+        if my_ties[name] != their_ties[name]:
+            mine_is, theirs_is = (f"tied to '{tie}'" if tie != name else "not tied" for tie in (my_ties[name], their_ties[name]))
+            raise LandscapeError(f"the two models are of different architectures: '{name}' is {mine_is} in '{names[0]}' and {theirs_is} in '{names[1]}'")
         whole = not mine[name].is_floating_point() and not name.endswith("num_batches_tracked")
         if whole and not torch.equal(mine[name].cpu(), theirs[name].cpu()):
             raise LandscapeError(f"the buffer '{name}' holds other whole numbers in '{names[0]}' than in '{names[1]}'; nothing lies in between")
@@ -695,14 +714,17 @@ def path_between(
     second: nn.Module,
     statistics: bool,  # interpolate those of BatchNorm too
 ) -> Span:
-    "The segment from the weights of `objective` to those of `second`, floating-point buffers included."
+    "The segment from the weights of `objective` to those of `second`, with the floating-point buffers that differ. LandscapeError if one end is not finite."
     layers = {name: layer for name, layer in objective.model.named_modules() if isinstance(layer, _BatchNorm)}
     kept = {} if statistics else {f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")}
     own = {name: value for name, value in objective.model.named_buffers() if value.is_floating_point() and name not in kept}
-    own = objective.split(objective.weights) | own
     other = dict(second.named_parameters()) | dict(second.named_buffers())
-    other = {name: other[name].detach().to(objective.device, objective.dtype) for name in own}
-    return Span(own, other, [name for name in own if name.rpartition(".")[0] in layers and name.endswith("running_var")])
+    other = {name: other[name].detach().to(value) for name, value in (objective.split(objective.weights) | own).items()}
+    own = objective.split(objective.weights) | {name: value for name, value in own.items() if not torch.equal(value, other[name])}
+    for name, value in own.items():
+        if not (value.isfinite().all() and other[name].isfinite().all()):
+            raise LandscapeError(f"'{name}' differs between the two models and holds numbers that are not finite; nothing lies in between")
+    return Span(own, {name: other[name] for name in own}, [name for name in own if name.rpartition(".")[0] in layers and name.endswith("running_var")])
 
 
 def interpolate(
@@ -736,7 +758,7 @@ def interpolate(
     table.attrs = {"plan": walk.plan, "ends": list(names), "reestimate": reestimate, "barrier": heights[0]}
     return Interpolation(table, tuple(names), *heights)
 
-# %% ../../nbs/lab/landscape.ipynb #98271be0
+# %% ../../nbs/lab/landscape.ipynb #58bde728
 @dataclass(frozen=True)
 class Trajectory:
     "A run in the plane that holds most of it."
@@ -760,6 +782,8 @@ class Trajectory:
 def weights_of(objective: Objective, item: Mapping[str, Tensor] | Path | str) -> Tensor:
     "The chosen weights [D] in a state dictionary, or in a safetensors file of one."
     state = load_file(item) if isinstance(item, (Path, str)) else item
+    if not isinstance(state, Mapping):
+        raise LandscapeError(f"a trajectory must be a tensor, or of state dictionaries or safetensors files of them; got {type(state).__name__} in it")
     for name, shape in zip(objective.names, objective.shapes):
         if name not in state or state[name].shape != shape:
             raise LandscapeError(f"the trajectory is of another model: it has no '{name}' of the shape {tuple(shape)}")
@@ -772,17 +796,22 @@ STRAIGHT = 1e-12  # the second squared singular value over the first, below whic
 
 def trajectory(
     objective: Objective,  # at the end of the run
-    run: Tensor | Sequence[Mapping[str, Tensor] | Path | str],  # weights [T, D], or state dictionaries or safetensors files of them, in their order
+    run: Tensor | Iterable[Mapping[str, Tensor] | Path | str],  # weights [T, D], or state dictionaries or safetensors files of them, in their order
 ) -> Trajectory:
     "The plane through the objective's weights in which most of the run lies."
+    if isinstance(run, (Mapping, Path, str)) or not isinstance(run, (Tensor, Iterable)):
+        raise LandscapeError(f"a trajectory must be a tensor, or several state dictionaries or safetensors files of them; got one {type(run).__name__}")
     if not isinstance(run, Tensor):
-        run = torch.stack([weights_of(objective, item) for item in run]) if len(run) else torch.zeros(0, objective.size)
+        parts = [weights_of(objective, item) for item in run]
+        run = torch.stack(parts) if parts else torch.zeros(0, objective.size)
     if run.dim() != 2 or run.shape[1] != objective.size or not run.isfinite().all():
         raise LandscapeError(f"a trajectory must be [T, {objective.size:,}] finite numbers, the weights after each of T steps; got {tuple(run.shape)}")
     away = run.to(objective.device, objective.dtype) - objective.weights
     products = sum(part.double() @ part.double().T for part in away.split(COLUMNS, 1))  # [T, T]
     squares, combinations = torch.linalg.eigh(products)
-    if len(run) < 2 or squares[-2] <= STRAIGHT * squares[-1]:
+    precision = max(torch.finfo(dtype).eps for dtype in (run.dtype, objective.dtype) if dtype.is_floating_point)
+    rounding = len(run) * (precision * objective.weights.double().norm()) ** 2  # of the differences
+    if len(run) < 2 or squares[-2] <= STRAIGHT * squares[-1] + rounding:
         raise LandscapeError("the run moved along a line or not at all, so it spans no plane; record more of it, or draw a line")
     axes = torch.cat([part.double().T @ combinations[:, [-1, -2]] for part in away.split(COLUMNS, 1)])  # [D, 2]
     axes = torch.linalg.qr(axes)[0].to(objective.dtype)

@@ -7,11 +7,11 @@ __all__ = ['Chosen', 'ACTIVATION', 'MANY', 'ObjectiveError', 'mapped', 'Batch', 
            'fingerprints', 'refuse_change', 'chosen_parameters', 'copied', 'prepared', 'examples_at_once', 'Objective',
            'alike', 'errors', 'as_objective']
 
-# %% ../../nbs/lab/objective.ipynb #ed7f8608
+# %% ../../nbs/lab/objective.ipynb #9bad8cdd
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -190,7 +190,7 @@ def examples_at_once(
             hook.remove()
     return max(1, ACTIVATION * len(batch) // max(largest))
 
-# %% ../../nbs/lab/objective.ipynb #fa2c0e8b
+# %% ../../nbs/lab/objective.ipynb #8379ad8f
 class Objective:
     "The mean loss of a model over fixed data, a deterministic function of one flat vector of weights [D]."
 
@@ -215,6 +215,7 @@ class Objective:
         self.weights = torch.cat([value.detach().reshape(-1) for value in chosen.values()])  # [D], a copy
         self.device, self.dtype = self.weights.device, self.weights.dtype
         self.model, self.loss_function = prepared(model, batchnorm, dropout), loss
+        self._recurrent = self.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules())
         self.batchnorm, self.dropout, self.weight_decay, self._limit = batchnorm, dropout, weight_decay, batch_size
         self.evaluations = self.forwards = 0  # passes over all data: forward and backward, forward alone
         modes = [module.training and not isinstance(module, _NormBase) for module in model.modules()]
@@ -333,7 +334,9 @@ class Objective:
         fast = torch.backends.mha.get_fastpath_enabled()  # a path of attention without gradients, which treats padding otherwise
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            with generators_kept(self.device, seed), torch.enable_grad():  # a model may differentiate inside; else there is nothing to record
+            # cuDNN's recurrent layers have no second derivative, and no first one in evaluation mode
+            kernels = torch.backends.cudnn.flags(enabled=False) if self._recurrent else nullcontext()
+            with kernels, generators_kept(self.device, seed), torch.enable_grad():  # a model may differentiate inside; else there is nothing to record
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -464,8 +467,8 @@ class Objective:
         parts = torch.autograd.grad(value, list(leaf.values()), allow_unused=True) if value.requires_grad else [None]
         if all(part is None for part in parts):
             raise ObjectiveError("the loss does not depend on the chosen parameters: their gradient is nothing (was something detached?)")
-        with generators_kept(self.device, seed=2):  # other numbers, for those who draw some
-            again = self.outputs(self.weights, batch)
+        with torch.enable_grad(), generators_kept(self.device, seed=2):  # other numbers for those who draw some, the same kernels for the rest
+            again = self.outputs(leaf, batch)
             pairs = [*zip(tensors_in(outputs), tensors_in(again)), (value, self.loss_function(again, batch.targets))]
         for name, buffer in self.model.named_buffers():
             if not torch.equal(buffer, buffers[name]):

@@ -707,7 +707,7 @@ def test_models_tied_alike_are_joined():
 def test_a_straight_run_is_straight_up_to_the_rounding_of_its_numbers(accumulated):
     wide, data = nn.Linear(50, 400), (torch.randn(9, 50, generator=random), torch.arange(9))
     objective = Objective(wide, F.cross_entropy, data)
-    step = 1e-4 * torch.randn(objective.size, generator=random)
+    step = 2e-5 * torch.randn(objective.size, generator=random)
     bend = 3e-6 * torch.randn(objective.size, generator=random)
     run = [objective.weights]
     for k in range(1, 40):

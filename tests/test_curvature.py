@@ -101,6 +101,11 @@ NETS = {  # a net, the shape of its inputs, options of the objective
     "transformer": (transformer, (2, 4), {}),
     "recurrent": (Recurrent, (3, 2), {}),
     "dropout": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).train(), (5,), {"dropout": 3}),
+    "dropout of pixels": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Dropout(0.05), nn.Flatten(), nn.Linear(12, 3)).train(),
+        (1, 3, 3),
+        {"dropout": 3},
+    ),
     "dropout of images": (
         lambda: nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(12, 3)).train(),
         (1, 3, 3),
@@ -109,7 +114,7 @@ NETS = {  # a net, the shape of its inputs, options of the objective
 }
 # torch.func cannot see through seeds and recurrent layers; and in PyTorch 2.14 the forward derivatives of the backward passes of BatchNorm (with the
 # batch's statistics) and LayerNorm are wrong: these Hessians are not symmetric, and not what differences of gradients say (see the test of these)
-REVERSED = ("statistics of the batch", "transformer", "recurrent", "dropout", "dropout of images")
+REVERSED = ("statistics of the batch", "transformer", "recurrent", "dropout", "dropout of pixels", "dropout of images")
 LOSSES = {"classes": F.cross_entropy, "numbers": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).to(z))}
 
 
@@ -421,13 +426,44 @@ def test_interrupted_products():
         Hessian(objective, plan="kept")
 
 
+class Noting(nn.Conv2d):
+    "Notes the precision in force."
+
+    seen: set = set()
+
+    def forward(self, x):
+        self.seen.add(torch.backends.cudnn.allow_tf32)
+        return super().forward(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("plan", ["kept", "streamed"])
+def test_convolutions_are_in_full_precision(plan):
+    x, y = torch.randn(4, 1, 3, 3), torch.randint(3, (4,))
+    objective = Objective(Noting(1, 3, 2), F.cross_entropy, (x, y), dropout=0)  # a seed: no look at the layout
+    Noting.seen.clear()
+    Hessian(objective, plan=plan) @ torch.ones(15)
+    assert Noting.seen == {False} and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs the newer settings of precision")
+def test_the_newer_settings_of_precision_stay():
+    A = Hessian(nn.Conv2d(1, 3, 2), F.mse_loss, (torch.randn(4, 1, 3, 3), torch.randn(4, 3, 2, 2)))
+    expected, before = A @ torch.ones(15), torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # which the older setting cannot express
+    try:
+        assert torch.allclose(A @ torch.ones(15), expected)
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_plan_is_chosen_by_what_is_held():
     net = nn.Sequential(nn.Linear(50, 100), nn.Tanh(), nn.Linear(100, 3))
     x, y = torch.randn(400, 50), torch.randint(3, (400,))
     A = Hessian(net, F.cross_entropy, (x, y), batch_size=100, memory=1e7)
     assert A.plan.startswith("kept") and len(A.kept) == 4
     held = 400 * (50 + 100) * 4  # the inputs and the hidden layer of 400 examples
-    taken = float(A.plan.split("take ")[1].split()[0]) * 1e9
+    taken = float(A.plan.split("take ")[1].removesuffix(" kB")) * 1000
     assert held < taken < 4 * held
     B = Hessian(net, F.cross_entropy, (x, y), batch_size=100, memory=taken / 2)
     assert B.plan.startswith("streamed: the records of 400 examples would take") and not B.kept

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Parts', 'RANK', 'SALT', 'BASIS_BYTES', 'METHODS', 'CurvatureError', 'Operator', 'Dense',
            'unknown_derivatives_refused', 'refuse_once_differentiable', 'pull', 'Record', 'hessian_record',
-           'sandwich_record', 'loss_curvature', 'loss_slopes', 'saved_bytes', 'tensors_of', 'streaming', 'DataOperator',
-           'Hessian', 'GGN', 'EmpiricalFisher', 'orthogonalised', 'Ritz', 'Krylov', 'generator', 'random_normal',
-           'starting_vector', 'Eigenpairs', 'bound', 'confirmed', 'finished', 'top_eigenpairs', 'Estimate', 'mean_of',
-           'random_signs', 'sketched', 'outside', 'remainder', 'hutchinson', 'hutch_plus_plus', 'xtrace_samples',
-           'xtrace', 'begun', 'columns', 'trace', 'squared_frobenius_norm', 'diagonal', 'Density', 'quadrature',
-           'spectral_density', 'plot_density']
+           'sandwich_record', 'loss_curvature', 'loss_slopes', 'saved_bytes', 'tensors_of', 'told', 'streaming',
+           'DataOperator', 'Hessian', 'GGN', 'EmpiricalFisher', 'orthogonalised', 'Ritz', 'Krylov', 'generator',
+           'random_normal', 'starting_vector', 'Eigenpairs', 'bound', 'confirmed', 'finished', 'top_eigenpairs',
+           'Estimate', 'mean_of', 'random_signs', 'sketched', 'outside', 'remainder', 'hutchinson', 'hutch_plus_plus',
+           'xtrace_samples', 'xtrace', 'begun', 'columns', 'trace', 'squared_frobenius_norm', 'diagonal', 'Density',
+           'quadrature', 'spectral_density', 'plot_density']
 
-# %% ../../nbs/lab/curvature.ipynb #ee45cff9
+# %% ../../nbs/lab/curvature.ipynb #3a508ffb
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,13 +29,13 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from .errors import OneLineError, check_number, check_whole, no_such
 from .objective import Batch, Objective, as_objective, copied, mapped
-from .second_derivatives import channels_last_agrees, twice_differentiable
+from .second_derivatives import channels_last_agrees, full_precision, twice_differentiable
 
 # %% ../../nbs/lab/curvature.ipynb #130a7684
 class CurvatureError(OneLineError, ValueError):
     "A product that cannot be had, or a question that the matrix cannot answer."
 
-# %% ../../nbs/lab/curvature.ipynb #2eca7b9d
+# %% ../../nbs/lab/curvature.ipynb #071b8704
 class Operator:
     "A symmetric matrix [D, D], known by its products with vectors."
 
@@ -69,7 +69,7 @@ class Operator:
         if not isinstance(other, Tensor) or other.dim() not in (1, 2) or len(other) != self.size:
             what = f"the shape {tuple(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
             raise CurvatureError(f"the operator multiplies tensors [{self.size}] or [{self.size}, k]; got {what}")
-        if other.dtype != self.dtype or other.device.type != self.device.type:
+        if other.dtype != self.dtype or other.device != self.device:
             raise CurvatureError(f"the operator is of {self.dtype} on {self.device}, the vector of {other.dtype} on {other.device}; convert it with .to()")
         vectors = [vector.detach().contiguous() for vector in (other[:, None] if other.dim() == 1 else other).unbind(1)]
         products = self._multiply(vectors)
@@ -241,14 +241,21 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     mapped(tensors.append, batch.inputs)
     return tensors
 
-# %% ../../nbs/lab/curvature.ipynb #4a612df0
+# %% ../../nbs/lab/curvature.ipynb #cd3f3427
+def told(size: float) -> str:
+    "A number of bytes to read."
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def streaming(needed: float, memory: float, count: int) -> str | None:
-    "Why records that need so many bytes are not kept; None if they are."
-    if needed <= memory:
-        return None
-    return f"the records of {count:,} examples would take {needed / 1e9:.3g} GB, more than memory = {memory / 1e9:.3g} GB"
+    "Why records of `count` examples that need so many bytes are not kept; None if they are."
+    return None if needed <= memory else f"the records of {count:,} examples would take {told(needed)}, more than memory = {told(memory)}"
 
-
+# %% ../../nbs/lab/curvature.ipynb #ee96a018
 class DataOperator(Operator):
     "A matrix [D, D] that is a mean over the examples of an objective, at the weights that it has now."
 
@@ -272,14 +279,15 @@ class DataOperator(Operator):
         objective.model = copied(objective.model)  # so that no one's reestimate() changes what is measured here
         super().__init__(objective.size, objective.dtype, objective.device)
         self.leaves = {name: part.requires_grad_() for name, part in objective.split(objective.weights.detach().clone()).items()}
-        few = next(objective.batches()).first(2)
-        self.channels_last = channels_last_agrees(objective.model, lambda: objective.batch_loss(self.leaves, few).detach())
+        few = lambda: objective.batch_loss(self.leaves, next(objective.batches()).first(2)).detach()
+        # the masks of a seed are drawn in the order of memory, so there it may not change
+        self.channels_last = isinstance(objective.dropout, str) and channels_last_agrees(objective.model, few)
         self.kept: list[Record] = []
         self.plan = "streamed: as asked" if plan == "streamed" else self._keep(asked=plan == "kept", memory=memory)
 
     def _recorded(self, batch: Batch) -> Record:
         "The record of one batch, whatever mode the caller is in."
-        with unknown_derivatives_refused(), twice_differentiable(self.channels_last):
+        with unknown_derivatives_refused(), full_precision(), twice_differentiable(self.channels_last):
             return self.record(self.objective, self.leaves, batch)
 
     def _keep(self, asked: bool, memory: float) -> str:
@@ -305,11 +313,11 @@ class DataOperator(Operator):
             kept.append(record)
         self.kept = kept
         self.gradient = gradient if gradient is None else gradient.add_(objective.weights, alpha=objective.weight_decay)
-        return f"kept: the records of {objective.count:,} examples take {needed / 1e9:.3g} GB"
+        return f"kept: the records of {objective.count:,} examples take {told(needed)}"
 
     def _multiply(self, vectors: list[Tensor]) -> list[Tensor]:
         totals: list[Tensor | None] = [None] * len(vectors)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), full_precision():
             for record in self.kept:
                 self._add(record, vectors, totals)
             for batch in self.objective.batches() if not self.kept else ():

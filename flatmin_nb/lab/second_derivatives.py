@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['aten', 'FORMS', 'Convolution', 'ConvolutionBackward', 'Normalisation', 'NormalisationBackward', 'convolved',
-           'normalised', 'out_of_the_ordinary', 'Replaced', 'twice_differentiable', 'channels_last_agrees']
+           'normalised', 'out_of_the_ordinary', 'Replaced', 'twice_differentiable', 'channels_last_agrees',
+           'full_precision']
 
 # %% ../../nbs/lab/second_derivatives.ipynb #56f8fbaa
 from collections.abc import Callable, Iterator
@@ -182,3 +183,18 @@ def channels_last_agrees(
     except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
         return False
     return torch.allclose(usual, other, rtol=1e-4)
+
+# %% ../../nbs/lab/second_derivatives.ipynb #52cb3935
+@contextmanager
+def full_precision() -> Iterator[None]:
+    "Inside, convolutions on a GPU keep all bits of float32; unless the user has set a precision for each kind of operation, which stays."
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the newer settings are in use, and the older one has no answer
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed

@@ -557,3 +557,22 @@ def test_gpu_agrees(name):
     here = made(name, dropout="off") if "dropout" in name else objective
     for matrix in (Hessian, GGN, EmpiricalFisher):
         assert relative(matrix(there).dense().cpu(), matrix(here).dense()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize("part", ["whole", "one layer"])
+def test_a_compiled_model_is_what_it_was_before(kind, part):
+    "What Dynamo traces of a convolution has other second derivatives."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double().eval()
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    plain = kind(model, F.cross_entropy, (x, y))
+    compiled = copy.deepcopy(model)
+    if part == "whole":
+        compiled = torch.compile(compiled, backend="eager")
+    else:
+        compiled[0] = torch.compile(compiled[0], backend="eager")
+    compiled(x)
+    vector = torch.randn(plain.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(kind(compiled, F.cross_entropy, (x, y)) @ vector, plain @ vector, rtol=1e-12, atol=1e-14)

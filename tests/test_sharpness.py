@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin_nb.lab import sharpness
+from flatmin_nb.lab.curvature import Dense
 from flatmin_nb.lab.objective import Objective
 from flatmin_nb.lab.sharpness import average_case, keskar, local_entropy, pac_bayes_sigma, random_subspace, sharpness_report, worst_case
 
@@ -307,6 +308,55 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(monkeypatch):
     table = sharpness_report(net(nn.ReLU()), F.cross_entropy, (X, Y), points=3, directions=1, measures=["sam", "asam"]).table
     assert table.note[0] == "no such luck" and math.isnan(table.value[0])
     assert len(table) == 3 and np.isfinite(table.value[1:]).all()
+
+
+class Once(torch.autograd.Function):
+    "tanh with a first derivative only."
+
+    @staticmethod
+    def forward(context, x):
+        y = x.tanh()
+        context.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, slope):
+        (y,) = context.saved_tensors
+        return slope * (1 - y * y)
+
+
+class OnceLayer(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+def test_a_model_without_second_derivatives_keeps_its_other_measures(tmp_path):
+    report = sharpness_report(net(OnceLayer()), F.cross_entropy, (X, Y), points=3, directions=2, measures=["keskar", "curvature", "sam"])
+    assert report["Keskar"].value > 0 and report["worst case"].value > 0
+    assert report.top is None and report.density is None
+    assert report.table.note.str.contains("second derivative").any()
+    report.figure()
+    assert "Keskar" in report._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(dict(measures=[]), "measures is empty"), (dict(model=net().bfloat16()), "too coarse")],
+    ids=["no measures", "half precision"],
+)
+def test_reports_that_are_not_made(change, said):
+    with pytest.raises(sharpness.SharpnessError, match=said):
+        sharpness_report(**(dict(model=net(), loss=F.cross_entropy, data=(X, Y)) | change))
+
+
+def test_an_inverse_that_does_not_converge_is_no_number():
+    eigenvalues = torch.logspace(-6, 3, 600, dtype=torch.float64)
+    g = normal(600)
+    with pytest.raises(sharpness.SharpnessError, match="a residual of .* after 60 products"):
+        sharpness.inverse_form(Dense(torch.diag(eigenvalues)), g, 1e-6, steps=60)
+    exact = float((g.square() / (eigenvalues + 1)).sum())
+    assert sharpness.inverse_form(Dense(torch.diag(eigenvalues)), g, 1.0) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.gpu

@@ -335,3 +335,21 @@ def test_a_gpu_says_the_same():
     for estimate in (squared_frobenius_norm(A), spectral_density(A, vectors=12, known=pairs).trace(torch.square)):
         assert abs(estimate.value - values.square().sum()) < 5 * estimate.standard_error
     assert diagonal(A).value.device.type == "cuda"
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30, 1e-24, 1e-30])
+def test_what_the_precision_cannot_hold_is_not_called_converged(scale):
+    "The squares of such norms are infinite or nothing in float32."
+    matrix = torch.diag(scale * torch.linspace(-1, 1, 40, dtype=torch.float64))
+    with pytest.raises(CurvatureError, match="scale the loss, or use float64"):
+        top_eigenpairs(Dense(matrix.float()))
+    assert top_eigenpairs(Dense(matrix)).values[0].item() == pytest.approx(scale, rel=1e-3)
+
+
+def test_a_trace_beyond_the_rank_of_rounding():
+    "One eigenvalue takes all the bits, two thousand others add up to 2."
+    A = Dense(torch.diag(torch.tensor([1e4] + 2000 * [1e-3])))
+    estimate = trace(A, method="xtrace")
+    assert estimate.standard_error > 0
+    assert abs(estimate.value - 10_002) < 4 * estimate.standard_error + 0.01
+    assert estimate.products == A.products

@@ -190,7 +190,7 @@ def examples_at_once(
             hook.remove()
     return max(1, ACTIVATION * len(batch) // max(largest))
 
-# %% ../../nbs/lab/objective.ipynb #8379ad8f
+# %% ../../nbs/lab/objective.ipynb #d44138e3
 class Objective:
     "The mean loss of a model over fixed data, a deterministic function of one flat vector of weights [D]."
 
@@ -336,7 +336,7 @@ class Objective:
             torch.backends.mha.set_fastpath_enabled(False)
             # cuDNN's recurrent layers have no second derivative, and no first one in evaluation mode
             kernels = torch.backends.cudnn.flags(enabled=False) if self._recurrent else nullcontext()
-            with kernels, generators_kept(self.device, seed), torch.enable_grad():  # a model may differentiate inside; else there is nothing to record
+            with kernels, generators_kept(self.device, seed), torch.compiler.set_stance("force_eager"), torch.enable_grad():  # a model may differentiate inside; else there is nothing to record
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

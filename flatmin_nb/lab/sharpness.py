@@ -9,10 +9,10 @@ __all__ = ['SALT', 'NOISES', 'FLAT', 'TOP', 'STEPS', 'VECTORS', 'PRODUCTS', 'MEA
            'worst_case', 'filters', 'displacements', 'AverageCase', 'check_samples', 'increases', 'mean_and_error',
            'average_case', 'PacBayesSigma', 'crossing', 'pac_bayes_sigma', 'sigma_error', 'LocalEntropy',
            'minus_log_mean_exp', 'inverse_form', 'not_convex', 'half_log_determinant', 'local_entropy',
-           'edge_of_stability', 'rescaled', 'Bench', 'plain_number', 'losses', 'curvatures', 'measured',
+           'edge_of_stability', 'rescaled', 'Bench', 'plain_number', 'losses', 'curvatures', 'measured', 'curvature_of',
            'lines_through', 'plot_band', 'plot_measures', 'short', 'Report', 'sharpness_report']
 
-# %% ../../nbs/lab/sharpness.ipynb #3639f7bf
+# %% ../../nbs/lab/sharpness.ipynb #aceaa29b
 import base64
 import copy
 import html
@@ -33,7 +33,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from .curvature import Density, Eigenpairs, Estimate, Hessian, Krylov, plot_density, spectral_density, squared_frobenius_norm, top_eigenpairs, trace
+from .curvature import BASIS_BYTES, Density, Eigenpairs, Estimate, Hessian, Krylov, plot_density, spectral_density, squared_frobenius_norm, top_eigenpairs, trace
 from .errors import OneLineError, check_number, check_whole, no_such
 from .landscape import axes_or_new, bar, line, plot_line, random_directions
 from .objective import Objective, as_objective, mapped
@@ -459,7 +459,7 @@ def crossing(
             sigma = (low * high) ** 0.5
     return low, high, tried
 
-# %% ../../nbs/lab/sharpness.ipynb #e84ef8c5
+# %% ../../nbs/lab/sharpness.ipynb #a45ce340
 def pac_bayes_sigma(
     model: nn.Module | Objective,
     loss: Callable | None = None,
@@ -474,7 +474,7 @@ def pac_bayes_sigma(
     seed: int = 0,
     **options: Any,  # of Objective
 ) -> PacBayesSigma:
-    "The largest sigma with E L(w + sigma z) - L(w) <= 0.1, z ~ N(0, I). Jiang et al. 2020 (arXiv 1912.02178), where it is 0.1 of the training error (of='error')."
+    "A sigma where E L(w + sigma z) - L(w) crosses 0.1, z ~ N(0, I): the largest below it where the increase is monotone. Jiang et al. 2020 (arXiv 1912.02178), where it is 0.1 of the training error (of='error')."
     check_number("target", target, SharpnessError, "(0, inf)")
     check_number("tolerance", tolerance, SharpnessError, "(0, 1)")
     check_samples(samples)
@@ -529,7 +529,7 @@ def minus_log_mean_exp(
     mean, error = mean_and_error(weights.mean(1))
     return float(least) - math.log(mean), error / mean, float(weights.sum() ** 2 / weights.square().sum())
 
-# %% ../../nbs/lab/sharpness.ipynb #c729be9b
+# %% ../../nbs/lab/sharpness.ipynb #9361b6c2
 def inverse_form(
     A: Any,  # symmetric operator on R^D
     vector: Tensor,  # g [D]
@@ -540,7 +540,8 @@ def inverse_form(
     "g^T (gamma I + A)^-1 g, from the Krylov space of g."
     if not vector.any():
         return 0.0
-    krylov = Krylov(A, vector, steps, random_numbers(0, A.device))
+    fits = max(2, int(BASIS_BYTES // (A.size * torch.finfo(A.dtype).bits // 8)) - 1)
+    krylov = Krylov(A, vector, min(steps, fits), random_numbers(0, A.device))
     for _ in range(krylov.capacity):
         krylov.grow()
         n = krylov.n
@@ -549,8 +550,11 @@ def inverse_form(
         if torch.linalg.eigvalsh((T + T.T) / 2)[0] <= 0:
             raise not_convex(float(torch.linalg.eigvalsh((T + T.T) / 2)[0]) - shift, shift)
         solution = torch.linalg.solve(T, first)
-        if abs(float(krylov.H[n, n - 1] * solution[n - 1])) <= tolerance or krylov.chain:
+        residual = abs(float(krylov.H[n, n - 1] * solution[n - 1]))
+        if residual <= tolerance or krylov.chain or n == A.size:
             break
+    else:
+        raise SharpnessError(f"(gamma I + H)^-1 g has a residual of {residual:.1g} after {n} products; give a larger gamma, which is easier")
     return float(vector.double().square().sum() * solution[0])
 
 
@@ -637,7 +641,7 @@ def rescaled(
                 tensors[name].mul_(factor)
     return model
 
-# %% ../../nbs/lab/sharpness.ipynb #fc4237a0
+# %% ../../nbs/lab/sharpness.ipynb #aadc2fc5
 class Bench:
     "What the measures of one report share."
 
@@ -653,6 +657,11 @@ class Bench:
     @cached_property
     def hessian(self) -> Hessian:
         return Hessian(self.objective)
+
+    @property
+    def products(self) -> int:
+        "With the Hessian, so far."
+        return self.hessian.products if "hessian" in vars(self) else 0
 
     @cached_property
     def top(self) -> Eigenpairs:
@@ -697,7 +706,7 @@ def curvatures(bench: Bench) -> Iterator[Sharpness]:
     squares = squared_frobenius_norm(bench.hessian, products=PRODUCTS, seed=bench.seed)
     yield plain_number("Tr H^2", squares.value, "the sum of their squares: lab.curvature.squared_frobenius_norm", squares.standard_error)
 
-# %% ../../nbs/lab/sharpness.ipynb #fd7d83b7
+# %% ../../nbs/lab/sharpness.ipynb #cfc5fac0
 MEASURES: dict[str, Callable[[Bench], Iterable[Sharpness]]] = {
     "loss": losses,
     "curvature": curvatures,
@@ -720,22 +729,30 @@ MEASURES: dict[str, Callable[[Bench], Iterable[Sharpness]]] = {
 def measured(bench: Bench, name: str) -> list[Sharpness]:
     "The measures of that name, each billed for all that it used; where there is none, the reason."
     done, bill = [], Bill(bench.objective)
-    products = lambda: bench.hessian.products if "hessian" in vars(bench) else 0
-    paid = products()
+    paid = bench.products
     try:
         for one in MEASURES[name](bench):
-            done.append(replace(one, products=products() - paid, **bill()))
-            bill, paid = Bill(bench.objective), products()
+            done.append(replace(one, products=bench.products - paid, **bill()))
+            bill, paid = Bill(bench.objective), bench.products
     except OneLineError as error:
-        done.append(replace(plain_number(name, math.nan, "", note=str(error)), products=products() - paid, **bill()))
+        done.append(replace(plain_number(name, math.nan, "", note=str(error)), products=bench.products - paid, **bill()))
     return done
 
-# %% ../../nbs/lab/sharpness.ipynb #f185a77a
-def lines_through(bench: Bench, points: int, directions: int) -> pd.DataFrame:
+# %% ../../nbs/lab/sharpness.ipynb #2dfa7d9a
+def curvature_of(bench: Bench) -> tuple[Eigenpairs | None, Density | None, list[Sharpness]]:
+    "The top eigenpairs and the spectral density, or None and a row with the reason."
+    try:
+        return bench.top, bench.density, []
+    except OneLineError as error:
+        return None, None, [plain_number("spectrum", math.nan, "", note=str(error))]
+
+# %% ../../nbs/lab/sharpness.ipynb #d864a5d0
+def lines_through(bench: Bench, top: Eigenpairs | None, points: int, directions: int) -> pd.DataFrame:
     "Loss and error along the top eigenvector and along random filter-normalised directions: one table, told apart by `direction`."
-    curvature = float(bench.top.values[0])
-    reach = (2 / curvature) ** 0.5 if curvature > 0 else 1.0
-    paths = [("eigenvector", bench.top.vectors[:, 0], reach)]
+    paths = []
+    if top is not None:
+        curvature = float(top.values[0])
+        paths.append(("eigenvector", top.vectors[:, 0], (2 / curvature) ** 0.5 if curvature > 0 else 1.0))
     random = random_directions(bench.objective, directions, biases="as weights", seed=bench.seed)
     paths += [(f"random {k}", direction, 1.0) for k, direction in enumerate(random.T) if direction.any()]  # weights that are all 0 have no filter norms
     along = lambda direction, reach: line(bench.objective, direction, np.linspace(-reach, reach, points), test=bench.test)
@@ -784,16 +801,16 @@ def short(row: Any) -> str:
     sizes = [f"{name} {row.options[name]:g}" for name in SHOWN if row.options.get(name) is not None]
     return row.measure + (f" ({', '.join(sizes)})" if sizes else "")
 
-# %% ../../nbs/lab/sharpness.ipynb #93f7680b
+# %% ../../nbs/lab/sharpness.ipynb #d1fb776c
 @dataclass(frozen=True)
 class Report:
     "Every measure of one minimum, and the curvature and lines that explain them."
 
     measures: list[Sharpness]
     lines: pd.DataFrame = field(repr=False)  # direction, alpha, train_loss, train_error and perhaps test_loss, test_error
-    top: Eigenpairs = field(repr=False)
+    top: Eigenpairs | None = field(repr=False)  # None where there are no second derivatives
     slope: float  # along the first of them
-    density: Density = field(repr=False)
+    density: Density | None = field(repr=False)
     objective: Objective
     cost: dict[str, float]  # of all of it: gradient evaluations, forwards, products, seconds
 
@@ -820,11 +837,17 @@ class Report:
         self._plot_sharpest(axes["s"])
         plot_band(self.lines, axes["r"]).set(title="random directions: median and range", yscale="log")
         axes["r"].legend()
-        plot_density(self.density, axes["d"]).set(title="spectrum of the Hessian")
+        if self.density is None:
+            axes["d"].set_axis_off()
+            axes["d"].text(0.5, 0.5, "there is no Hessian here:\nsee the notes of the table", ha="center")
+        else:
+            plot_density(self.density, axes["d"]).set(title="spectrum of the Hessian")
         plot_measures(self.table.assign(options=[one.settings for one in self.measures]), axes["m"]).set(title="measures, ± 2 standard errors")
         return figure
 
     def _plot_sharpest(self, ax: Any) -> None:
+        if self.top is None:
+            return ax.set_axis_off()
         along = self.lines[self.lines.direction == "eigenvector"]
         for split, color in (("train", "C0"), ("test", "C1")):
             if f"{split}_loss" in along:
@@ -850,7 +873,7 @@ class Report:
         with written_whole(Path(file)) as opened:
             self.table.to_csv(opened, index=False)
 
-# %% ../../nbs/lab/sharpness.ipynb #09c4e349
+# %% ../../nbs/lab/sharpness.ipynb #a1ed4749
 def sharpness_report(
     model: nn.Module | Objective,
     loss: Callable | None = None,  # mean over the examples of a batch, as F.cross_entropy
@@ -870,12 +893,16 @@ def sharpness_report(
     for name in names:
         if name not in MEASURES:
             raise SharpnessError(no_such("measure", name, MEASURES))
+    if not names:
+        raise SharpnessError(f"measures is empty; give some of {', '.join(MEASURES)}")
     check_whole("points", points, SharpnessError, least=2)
     check_whole("directions", directions, SharpnessError)
     if lr is not None:
         check_number("lr", lr, SharpnessError, "(0, inf)")
     start = time.perf_counter()
     objective = as_objective(model, loss, data, **options)
+    if objective.dtype not in (torch.float32, torch.float64):
+        raise SharpnessError(f"the weights are {objective.dtype}, too coarse for these measures; give model.float()")
     test = test if test is None or isinstance(test, Objective) else objective.over(test)
     bench, bill, done = Bench(objective, test, lr, seed), Bill(objective), []
     with bar(len(names) + 2, "part", progress) as shown:
@@ -884,11 +911,12 @@ def sharpness_report(
             done += measured(bench, name)
             shown.update()
         shown.set_postfix_str("spectral density")
-        density = bench.density
+        top, density, missing = curvature_of(bench)
+        done += missing
         shown.update()
         shown.set_postfix_str("lines")
-        lines = lines_through(bench, points, min(directions, objective.size))
-        slope = float(bench.top.vectors[:, 0] @ objective.gradient()[1])
+        lines = lines_through(bench, top, points, min(directions, objective.size))
+        slope = math.nan if top is None else float(top.vectors[:, 0] @ objective.gradient()[1])
         shown.update()
-    cost = {name.replace("_", " "): count for name, count in bill().items()} | dict(products=bench.hessian.products, seconds=time.perf_counter() - start)
-    return Report(done, lines, bench.top, slope, density, objective, cost)
+    cost = {name.replace("_", " "): count for name, count in bill().items()} | dict(products=bench.products, seconds=time.perf_counter() - start)
+    return Report(done, lines, top, slope, density, objective, cost)

@@ -529,7 +529,7 @@ def minus_log_mean_exp(
     mean, error = mean_and_error(weights.mean(1))
     return float(least) - math.log(mean), error / mean, float(weights.sum() ** 2 / weights.square().sum())
 
-# %% ../../nbs/lab/sharpness.ipynb #9361b6c2
+# %% ../../nbs/lab/sharpness.ipynb #8b818952
 def inverse_form(
     A: Any,  # symmetric operator on R^D
     vector: Tensor,  # g [D]
@@ -547,9 +547,10 @@ def inverse_form(
         n = krylov.n
         T = krylov.H[:n, :n] + shift * torch.eye(n, dtype=torch.float64)
         first = torch.eye(n, dtype=torch.float64)[0]
-        if torch.linalg.eigvalsh((T + T.T) / 2)[0] <= 0:
+        factor, failed = torch.linalg.cholesky_ex((T + T.T) / 2)
+        if failed:
             raise not_convex(float(torch.linalg.eigvalsh((T + T.T) / 2)[0]) - shift, shift)
-        solution = torch.linalg.solve(T, first)
+        solution = torch.cholesky_solve(first[:, None], factor)[:, 0]
         residual = abs(float(krylov.H[n, n - 1] * solution[n - 1]))
         if residual <= tolerance or krylov.chain or n == A.size:
             break

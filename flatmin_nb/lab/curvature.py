@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Parts', 'RANK', 'SALT', 'BASIS_BYTES', 'MORE', 'METHODS', 'CurvatureError', 'Operator', 'Dense',
-           'unknown_derivatives_refused', 'refuse_once_differentiable', 'pull', 'Record', 'hessian_record',
-           'sandwich_record', 'loss_curvature', 'loss_slopes', 'saved_bytes', 'tensors_of', 'told', 'streaming',
-           'DataOperator', 'Hessian', 'GGN', 'EmpiricalFisher', 'orthogonalised', 'Ritz', 'Krylov', 'generator',
-           'random_normal', 'starting_vector', 'Eigenpairs', 'bound', 'confirmed', 'finished', 'top_eigenpairs',
-           'Estimate', 'mean_of', 'random_signs', 'sketched', 'outside', 'remainder', 'hutchinson', 'hutch_plus_plus',
-           'xtrace_samples', 'xtrace', 'begun', 'columns', 'trace', 'squared_frobenius_norm', 'diagonal', 'Density',
-           'quadrature', 'spectral_density', 'plot_density']
+           'unknown_derivatives_refused', 'refuse_once_differentiable', 'pull', 'Record', 'refuse_weight_norm',
+           'hessian_record', 'sandwich_record', 'loss_curvature', 'loss_slopes', 'saved_bytes', 'tensors_of', 'told',
+           'streaming', 'DataOperator', 'Hessian', 'GGN', 'EmpiricalFisher', 'orthogonalised', 'Ritz', 'Krylov',
+           'generator', 'random_normal', 'starting_vector', 'Eigenpairs', 'bound', 'confirmed', 'finished',
+           'top_eigenpairs', 'Estimate', 'mean_of', 'random_signs', 'sketched', 'outside', 'remainder', 'hutchinson',
+           'hutch_plus_plus', 'xtrace_samples', 'xtrace', 'begun', 'columns', 'trace', 'squared_frobenius_norm',
+           'diagonal', 'Density', 'quadrature', 'spectral_density', 'plot_density']
 
 # %% ../../nbs/lab/curvature.ipynb #3a508ffb
 import copy
@@ -167,8 +167,17 @@ class Record:
     gradient: Parts | None = None  # of the mean loss of the batch, where it was computed on the way
 
 
+def refuse_weight_norm(model: nn.Module) -> None:
+    "Raise CurvatureError where a layer is normalised by torch's weight_norm: its double backward gives a matrix that is not symmetric (PyTorch 2.14)."
+    for name, module in model.named_modules():
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if type(module).__name__ == "_WeightNorm" or "WeightNorm" in hooks:
+            raise CurvatureError(f"PyTorch's second derivatives of weight_norm, at '{name}', are wrong; fold it into the weight (torch.nn.utils.parametrize.remove_parametrizations), or use GGN")
+
+
 def hessian_record(objective: Objective, leaves: Mapping[str, Tensor], batch: Batch) -> Record:
     "The Hessian of the mean loss of one batch."
+    refuse_weight_norm(objective.model)
     inputs = list(leaves.values())
     slopes = torch.autograd.grad(objective.batch_loss(leaves, batch), inputs, create_graph=True, materialize_grads=True)
     refuse_once_differentiable(slopes)

@@ -1,13 +1,16 @@
-"""What several test files share: papermill on the notebook as a user calls it, and a data file of the real form."""
+"""What several test files share: papermill on the notebook as a user calls it, a data file of the real form, and all that a measurement could change."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from flatmin_nb.lab.data import write
 
@@ -38,3 +41,18 @@ def small_mnist(tmp_path) -> Path:
     }  # fmt: skip
     write(tmp_path / "mnist.safetensors", tensors)
     return tmp_path / "mnist.safetensors"
+
+
+def state(model: nn.Module) -> list:
+    "Everything of the model and of the generators that a measurement could change."
+    return [
+        *(value.clone() for value in model.state_dict().values()),
+        *(None if value.grad is None else value.grad.clone() for value in model.parameters()),
+        *(value.requires_grad for value in model.parameters()),
+        *(module.training for module in model.modules()),
+        torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:],
+    ]  # fmt: skip
+
+
+def same(first: list, second: list) -> bool:
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True))

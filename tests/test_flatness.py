@@ -52,18 +52,6 @@ def test_a_parameter_that_makes_no_sense_is_refused_in_one_line(tmp_path, parame
     assert not list((tmp_path / "out").rglob("run.json"))
 
 
-def test_the_parameters_cell_shows_the_first_preset():
-    "`check` tells by it what the user left alone, so the two must not drift apart."
-    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
-    shown, told = {}, {}
-    exec(next(source for source in sources if source.startswith("experiment: str")), shown)
-    exec(next(source for source in sources if "EXPERIMENTS = {" in source), told)
-    name, first = next(iter(told["EXPERIMENTS"].items()))
-    assert name == shown["experiment"]
-    assert first == {parameter: shown[parameter] for parameter in first}
-    assert all(preset.keys() <= first.keys() for preset in told["EXPERIMENTS"].values())
-
-
 def test_the_committed_page_needs_no_kernel():
     "The slider is a picture there: a widget without a kernel is an empty frame."
     outputs = [output for cell in json.loads(NOTEBOOK.read_text())["cells"] for output in cell.get("outputs", [])]

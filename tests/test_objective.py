@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, state
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -20,21 +21,6 @@ def net(*layers: nn.Module) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 8), *layers, nn.Linear(8, 3))
-
-
-def state(model: nn.Module) -> list:
-    "Everything of the model and of the generators that a measurement could change."
-    return [
-        *(value.clone() for value in model.state_dict().values()),
-        *(None if value.grad is None else value.grad.clone() for value in model.parameters()),
-        *(value.requires_grad for value in model.parameters()),
-        *(module.training for module in model.modules()),
-        torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:],
-    ]  # fmt: skip
-
-
-def same(first: list, second: list) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True))
 
 
 class Interrupting:

@@ -11,7 +11,7 @@ from flatmin_nb.lab.data import ImageSet
 from flatmin_nb.lab.models import build
 from flatmin_nb.lab.train import fit
 
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "02_entropy_sgd.ipynb"
+NOTEBOOKS = Path(__file__).parent.parent / "nbs"
 
 
 @pytest.mark.parametrize("experiment", ["mnistfc", "lenet"])
@@ -38,13 +38,14 @@ def test_one_step_of_allcnn():
     assert result.history[["train_loss", "test_loss"]].notna().all(axis=None)
 
 
-def test_the_parameters_cell_shows_the_first_preset():
+@pytest.mark.parametrize("name", ["01_flatness", "02_entropy_sgd"])
+def test_the_parameters_cell_shows_the_first_preset(name):
     "`check` tells by it what the user left alone, so the two must not drift apart."
-    sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]]
+    sources = ["".join(cell["source"]) for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]]
     shown, told = {}, {}
     exec(next(source for source in sources if source.startswith("experiment: str")), shown)
     exec(next(source for source in sources if "EXPERIMENTS = {" in source), told)
-    name, first = next(iter(told["EXPERIMENTS"].items()))
-    assert name == shown["experiment"]
+    preset, first = next(iter(told["EXPERIMENTS"].items()))
+    assert preset == shown["experiment"]
     assert first == {parameter: shown[parameter] for parameter in first}
     assert all(preset.keys() <= first.keys() for preset in told["EXPERIMENTS"].values())  # else a preset's value would be ignored

@@ -2,13 +2,13 @@
 
 import copy
 import math
-import random
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,21 +44,6 @@ class Function(nn.Module):
 
 def objective_of(function, at) -> Objective:
     return Objective(Function(function, at), lambda outputs, targets: outputs.mean(), (torch.zeros(1, 1), torch.zeros(1)))
-
-
-def state(model: nn.Module) -> list:
-    "Everything of the model and of the generators that a measurement could change."
-    return [
-        *(value.clone() for value in model.state_dict().values()),
-        *(None if value.grad is None else value.grad.clone() for value in model.parameters()),
-        *(value.requires_grad for value in model.parameters()),
-        *(module.training for module in model.modules()),
-        torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:],
-    ]  # fmt: skip
-
-
-def same(first: list, second: list) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True))
 
 
 class Interrupting:

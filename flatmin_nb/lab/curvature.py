@@ -707,7 +707,7 @@ def trace(
     A: Operator,
     *,
     method: str = "hutch++",  # "hutch++", "xtrace", "hutchinson"
-    products: int = 60,  # an even number is used up whole by "xtrace"; from the size of A on the trace is exact
+    products: int = 60,  # "xtrace" uses an even number, and six more where they go beyond the rank; from the size of A on the trace is exact
     seed: int = 0,
 ) -> Estimate:
     "The sum of all eigenvalues, with its standard error (that of \"xtrace\" is up to a third too small: its samples depend on each other)."

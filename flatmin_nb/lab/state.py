@@ -108,7 +108,7 @@ def reestimate(
                 hook.remove()
     if layers and not sums:
         raise ValueError("there are no inputs to take the statistics of BatchNorm from")
-    for layer, (count, total, squares) in ((layer, found) for layer, found in sums.items()):
+    for layer, (count, total, squares) in sums.items():
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
         layer.running_mean.copy_(mean), layer.running_var.copy_(variance)

@@ -628,8 +628,12 @@ def sketched(
     A: Operator,
     products: int,
     random: torch.Generator,
+    method: str = "hutch++",  # "hutchinson": without a sketch, s = 0
 ) -> tuple[Tensor, Tensor, int]:
     "Q [D, s] and A Q, from a third of the products each, and how many are left."
+    if method == "hutchinson":
+        nothing = torch.empty(A.size, 0, dtype=A.dtype, device=A.device)
+        return nothing, nothing, products
     s = products // 3
     Y = torch.stack([A @ random_signs(A, random) for _ in range(s)], 1)
     Q = torch.linalg.qr(Y).Q
@@ -729,7 +733,7 @@ def squared_frobenius_norm(
     random = begun(A, method, products, seed, ("hutch++", "hutchinson"))
     if products >= A.size:
         return Estimate(sum(column.double().square().sum().item() for column in columns(A)), 0.0, A.size)
-    Q, AQ, left = sketched(A, products, random) if method == "hutch++" else (*2 * (torch.empty(A.size, 0).to(random_signs(A, random)),), products)
+    Q, AQ, left = sketched(A, products, random, method)
     value, error = mean_of(torch.stack([remainder(A, Q, random)[2].double().square().sum() for _ in range(left)]))
     return Estimate(AQ.double().square().sum().item() + value, error, products)
 
@@ -746,7 +750,7 @@ def diagonal(
     if products >= A.size:
         exact = torch.stack([column[i] for i, column in enumerate(columns(A))])
         return Estimate(exact, torch.zeros_like(exact), A.size)
-    Q, AQ, left = sketched(A, products, random) if method == "hutch++" else (*2 * (torch.empty(A.size, 0).to(random_signs(A, random)),), products)
+    Q, AQ, left = sketched(A, products, random, method)
     known = (2 * Q * AQ - Q * (Q @ (Q.T @ AQ))).sum(1)
     mean, squares = torch.zeros_like(known), torch.zeros_like(known)
     for n in range(1, left + 1):  # Welford's running mean and sum of squared deviations: two vectors, however many samples

@@ -324,6 +324,7 @@ class Batches:
         *,
         seed: int = 0,  # of the order and of the augmentation
         replacement: bool = False,  # False: each image at most once in a pass; True: independent draws
+        last: str = "drop",  # what becomes of the images that do not fill a batch: "drop", or "keep" them as a smaller one
         augment: Callable | None = None,  # has `choices(count, rng)` and is called with a batch and its choices
     ):
         check_whole("batch_size", batch_size, DataError)
@@ -333,17 +334,19 @@ class Batches:
                 f"images and labels must be as many and on one device; got {len(images)} on {images.device} "
                 f"and {len(labels)} on {labels.device}"
             )
+        if last not in ("drop", "keep"):
+            raise DataError(no_such("way with the last batch", last, ("drop", "keep")))
         if augment is not None and not hasattr(augment, "choices"):
             raise DataError(f"augment must be a CropFlip, or have its two methods; got {augment!r}")
         if batch_size > len(images):
             raise DataError(f"batch_size {batch_size} is larger than the {len(images)} images; choose a smaller one")
         self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.replacement, self.augment = seed, replacement, augment
+        self.seed, self.replacement, self.last, self.augment = seed, replacement, last, augment
         self.load_state_dict({"pass": 0, "position": 0})
 
     def __len__(self) -> int:
         "Batches in a pass."
-        return len(self.images) // self.batch_size
+        return len(self.images) // self.batch_size if self.last == "drop" else -(-len(self.images) // self.batch_size)
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         "The next batch of images and labels."
@@ -358,7 +361,7 @@ class Batches:
 
     def _arrange(self) -> None:
         "Make the indices, and the choices of the augmentation, of the current pass."
-        rng, used = np.random.default_rng([self.seed, self._pass]), len(self) * self.batch_size
+        rng, used = np.random.default_rng([self.seed, self._pass]), min(len(self) * self.batch_size, len(self.images))
         order = rng.integers(len(self.images), size=used) if self.replacement else rng.permutation(len(self.images))[:used]
         self._order = self._sent(order)
         self._choices = None if self.augment is None else self._sent(self.augment.choices(used, rng))

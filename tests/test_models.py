@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.models import MODELS, build
 
-INPUTS = {"mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32)}
+INPUTS = {"mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28)}
 
 
 def test_names_of_parameters_stay():

@@ -556,6 +556,32 @@ def test_interpolation_is_that_of_state_dictionaries(again):
         assert found.table.test_loss.iloc[-1] == Objective(second, F.cross_entropy, (x_test, y_test), dropout="off").value
 
 
+def test_the_curved_path_is_that_of_sine_and_cosine():
+    first, second = (net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, seed=seed) for seed in (0, 1))
+    found = interpolate(first, second, F.cross_entropy, (x, y), [-0.5, 0.25, 1.5], path="curved", test=(x_test, y_test))
+    assert found.table.alpha.tolist() == [-0.5, 0, 0.25, 1, 1.5] and found.table.attrs["path"] == "curved"
+    for row in found.table.itertuples():
+        model = copy.deepcopy(first)
+        with torch.no_grad():
+            for value, other in zip(model.parameters(), second.parameters()):
+                value.copy_(np.cos(np.pi / 2 * row.alpha) * value + np.sin(np.pi / 2 * row.alpha) * other)
+        reestimate(model, x)
+        for inputs, targets, loss in ((x, y, row.train_loss), (x_test, y_test, row.test_loss)):
+            assert loss == pytest.approx(F.cross_entropy(model.eval()(inputs), targets).item(), rel=1e-10)
+    straight = interpolate(first, second, F.cross_entropy, (x, y), [0.5], test=(x_test, y_test)).table
+    for column in ("train_loss", "test_loss"):  # the ends are the ends, to the bit
+        assert straight[column].iloc[[0, -1]].tolist() == found.table.query("alpha in (0, 1)")[column].tolist()
+
+
+def test_statistics_have_no_place_on_a_curve():
+    first, second = (net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, seed=seed) for seed in (0, 1))
+    for ends, options in (((first, second), {"reestimate": False}), ([Buffered(torch.full((3,), float(seed)).double(), seed=0).double() for seed in (1, 3)], {})):
+        with pytest.raises(LandscapeError, match="curved path is for weights alone"):
+            interpolate(*ends, F.cross_entropy, (x, y), path="curved", **options)
+    shared = [Buffered(torch.ones(3), seed=seed).double() for seed in (0, 1)]
+    assert np.isfinite(interpolate(*shared, F.cross_entropy, (x, y), path="curved").table.train_loss).all()
+
+
 def test_variances_do_not_become_negative_outside():
     first, second = (net_with(lambda: nn.BatchNorm1d(8), nn.ReLU, seed=seed) for seed in (0, 1))
     found = interpolate(first, second, F.cross_entropy, (x, y), np.linspace(-3, 4, 15), reestimate=False)
@@ -662,6 +688,7 @@ def test_frozen_parameters_are_interpolated_too():
     (net_with(nn.Tanh), {"alphas": []}, "alphas must be"),
     (net_with(nn.Tanh), {"alphas": [0, float("inf")]}, "alphas must be"),
     (net_with(nn.Tanh), {"names": ("a", "a")}, "two different names"),
+    (net_with(nn.Tanh), {"path": "sin"}, "no path 'sin'"),
     (net_with(nn.Tanh), {"batchnorm": "frozen"}, "statistics of one end"),
 ])  # fmt: skip
 def test_ends_that_cannot_be_joined(other, options, message):

@@ -14,16 +14,16 @@ from torch import nn
 
 from flatmin_nb.lab.data import write
 
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "02_entropy_sgd.ipynb"
+NOTEBOOKS = Path(__file__).parent.parent / "nbs"
 
 
 @pytest.fixture
 def papermill(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    "papermill on the notebook, records in tmp_path/out; parameters as on the command line: 'L=20'; keywords for the environment."
+    "papermill on a notebook, records in tmp_path/out; parameters as on the command line: 'L=20'; keywords for the environment."
 
-    def call(*parameters: str, **environment: str) -> subprocess.CompletedProcess:
+    def call(*parameters: str, notebook: str = "02_entropy_sgd", **environment: str) -> subprocess.CompletedProcess:
         options = [word for parameter in parameters for word in ("-p", *parameter.split("=", 1))]
-        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOK), str(tmp_path / "executed.ipynb")]
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOKS / f"{notebook}.ipynb"), str(tmp_path / "executed.ipynb")]
         command += ["-p", "out", str(tmp_path / "out"), *options]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
 

@@ -78,7 +78,7 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def reestimate(
     model: nn.Module,  # its BatchNorm statistics are replaced
-    images: Tensor | Iterable[Sized],  # [N, ...], the train inputs, or batches of them
+    images: Tensor | Iterable[Sized],  # [N, ...], the train inputs, or what splits like them, or batches of them
     *,
     batch_size: int = 1000,  # of one tensor's equal parts; batches are taken as they are
     call: Callable | None = None,  # how a batch goes through the model; None: model(batch)
@@ -93,7 +93,7 @@ def reestimate(
         count, mean = x.numel() / x.shape[1], mean.double()
         sums[layer] = sums.get(layer, 0) + count * torch.stack([torch.ones_like(mean), mean, variance.double() + mean.square()])
 
-    if isinstance(images, Tensor):
+    if hasattr(images, "tensor_split"):
         images = images.tensor_split(max(1, -(-len(images) // batch_size)))
     with modes_kept(model), statistics_kept(model):
         model.eval()

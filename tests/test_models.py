@@ -1,12 +1,22 @@
 """What a notebook cell is the wrong place for: names that checkpoints depend on, devices, and every mistake."""
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
 
+from flatmin_nb.lab.data import CropFlip, ImageSet, ResizedCrop, ScaledCrop
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.models import MODELS, build
+from flatmin_nb.lab.models import ALEXNET, IMAGENET_RESNETS, MODELS, ModelError, NoisyReLU, build, registered, with_recipe
 
-INPUTS = {"mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28)}
+INPUTS = {
+    "mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28),
+    "cifar10_shallow": (3, 32, 32), "cifar100_shallow": (3, 32, 32), "resnet": (3, 32, 32), "wide_resnet": (3, 32, 32), "alexnet": (3, 224, 224),
+}  # fmt: skip
+WITH_RECIPE = ["mnist_f1", "cifar10_shallow", "cifar100_shallow", "resnet", "wide_resnet", "alexnet"]
 
 
 def test_names_of_parameters_stay():
@@ -19,9 +29,21 @@ def test_names_of_parameters_stay():
     ]  # fmt: skip
 
 
-def test_initial_weights_stay():
+def test_names_of_residual_parameters_stay():
+    names = [name for name, _ in build("resnet", seed=0, depth=8).named_parameters()]
+    assert names[:3] == ["stem.layer.weight", "stem.norm.weight", "stem.norm.bias"]
+    assert names[3:9] == [f"stage1.0.path.{conv}.{part}" for conv in ("conv1", "conv2") for part in ("layer.weight", "norm.weight", "norm.bias")]
+    assert names[15:18] == [f"stage2.0.shortcut.{part}" for part in ("layer.weight", "norm.weight", "norm.bias")]
+    assert names[-2:] == ["output.weight", "output.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "total"),
+    [("mlp", "hidden1.layer.weight", -2.036250), ("mnist_f1", "hidden1.layer.weight", 15.429131), ("resnet", "stem.layer.weight", 1.936412)],
+)
+def test_initial_weights_stay(name, first, total):
     "The net of a seed is the same on every machine and in every later version."
-    assert build("mlp", seed=0).hidden1.layer.weight.double().sum().item() == pytest.approx(-2.036250, abs=1e-5)
+    assert build(name, seed=0).get_parameter(first).double().sum().item() == pytest.approx(total, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -48,6 +70,160 @@ def test_built_on_the_cpu_whatever_the_default():
     assert torch.equal(net.output.weight, build("mlp", seed=3).output.weight)
 
 
+# ---- the recipes ----
+
+@pytest.mark.parametrize("name", WITH_RECIPE)
+def test_a_recipe_is_no_part_of_the_net(name):
+    net = build(name, seed=0, **({"classes": 2} if name != "alexnet" else {}))
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    twin = copy.deepcopy(net) if name != "alexnet" else net
+    assert twin.regime == net.regime and twin.quiet == net.quiet == []
+    assert {key: value.shape for key, value in twin.state_dict().items()} == shapes
+    assert list(net.regime)[0] == 0 and net.regime[0]["optimizer"] == "SGD" and sorted(net.regime) == list(net.regime)
+    pickle.loads(pickle.dumps((net.regime, getattr(net, "prepare", None), net.augment)))  # a sweep sends them to other processes
+
+
+def test_a_recipe_of_one_net_is_not_that_of_another():
+    one, other = (build("mnist_f1", seed=0) for _ in range(2))
+    one.augment.flip, one.regime[0]["lr"] = True, 1.0
+    one.quiet.append("output.*")
+    assert (other.augment.flip, other.regime[0]["lr"], other.quiet) == (False, 0.1, [])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist_f1", (1, 28, 28)), ("cifar100_shallow", (3, 32, 32)), ("resnet", (3, 32, 32)), ("wide_resnet", (3, 32, 32))])
+def test_augmented_images_are_those_of_torchvision(name, shape):
+    "Pad the bytes, cut, convert and normalise, against normalise, pad, cut."
+    rng, net = torch.Generator().manual_seed(0), build(name, seed=0)
+    images = torch.randint(256, (5, *shape), dtype=torch.uint8, generator=rng)
+    prepared = net.prepare(ImageSet("noise", *[images, torch.zeros(5, dtype=torch.int64)] * 3, num_classes=10)).test_images
+    mean, deviation = ((0.5,), (0.5,)) if name == "mnist_f1" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    padding, fill = (2, 0) if name == "mnist_f1" else (4, 127)
+    padded = torchvision.transforms.functional.pad(images, padding, fill=fill)
+    choices = torch.tensor([[0, 0, 0], [2 * padding, 0, 0], [0, 2 * padding, 1], [1, 3, 1], [padding, padding, 0]])
+    for window, image, (top, left, mirrored) in zip(net.augment(prepared, choices), padded, choices.tolist()):
+        cut = torchvision.transforms.functional.crop(image, top, left, *shape[1:])
+        cut = torchvision.transforms.functional.hflip(cut) if mirrored else cut
+        expected = torchvision.transforms.functional.normalize(cut / 255, mean, deviation)
+        torch.testing.assert_close(window, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_augmentations_of_files_for_imagenet():
+    with torch.device("meta"):
+        residual, alexnet = MODELS["resnet"]("imagenet"), MODELS["alexnet"]()
+    assert isinstance(residual.augment, ResizedCrop) and residual.augment.size == 224
+    assert isinstance(alexnet.augment, ScaledCrop) and (alexnet.augment.resize, alexnet.augment.size) == (256, 224)
+    assert not hasattr(residual, "prepare") and not hasattr(alexnet, "prepare")  # files are normalised as they are read
+
+
+def test_a_model_of_ones_own():
+    @registered
+    def one_layer(width: int = 4) -> nn.Module:
+        return with_recipe(nn.Sequential(nn.Flatten(), nn.Linear(64, width)), augment=CropFlip(padding=1), criterion=nn.MultiMarginLoss())
+
+    try:
+        net = build("one_layer", seed=0, width=3)
+        assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 3) and isinstance(net.criterion, nn.MultiMarginLoss) and len(net) == 2
+        with pytest.raises(ModelError, match="no option of one_layer called 'widht'; did you mean 'width'"):
+            build("one_layer", seed=0, widht=3)
+    finally:
+        del MODELS["one_layer"]
+
+
+def test_a_name_that_is_taken():
+    def resnet():
+        return nn.Linear(1, 1)
+
+    ours = MODELS["resnet"]
+    with pytest.raises(ModelError, match="flatmin_nb.lab.models has a model 'resnet'; give the one of .* another name"):
+        registered(resnet)
+    assert MODELS["resnet"] is ours
+
+
+@pytest.mark.parametrize("regime", [{}, {0: {}}, {1: {"optimizer": "SGD"}}, {0: {"optimizer": "SGD"}, 1.5: {}}, {-1: {"optimizer": "SGD"}}])
+def test_regimes_that_are_none(regime):
+    with pytest.raises(ModelError, match="regime") as caught:
+        with_recipe(nn.Linear(1, 1), regime=regime)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mnist_f1", "cifar10_shallow"])
+def test_other_scales_and_nothing_else(name):
+    ones, uniform = (build(name, seed=0, scales=scales).state_dict() for scales in ("ones", "uniform"))
+    changed = {key for key in ones if not torch.equal(ones[key], uniform[key])}
+    assert changed == {key for key in ones if key.endswith("norm.weight")}
+
+
+# ---- the same functions as other people's ----
+
+@pytest.mark.parametrize("depth", IMAGENET_RESNETS)
+def test_residual_nets_of_torchvision(depth):
+    ours = build("resnet", seed=depth, dataset="imagenet", depth=depth, classes=7)
+    with torch.device("meta"):
+        peer = getattr(torchvision.models, f"resnet{depth}")(num_classes=7)
+    copies = (value.clone() for value in ours.state_dict().values())
+    peer.load_state_dict(dict(zip(peer.state_dict(), copies, strict=True)), assign=True)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), peer(images))
+        torch.testing.assert_close(ours.eval()(images), peer.eval()(images))
+
+
+def test_alexnet_of_torchvision():
+    "Without normalisation and biases they are one function: a maximum and a ReLU may change places."
+    ours = build("alexnet", seed=0, classes=9).eval()
+    for part in ours.modules():
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.eps = 0.0  # untrained: (x - 0) / 1 * 1 + 0
+    with torch.device("meta"):
+        peer = torchvision.models.alexnet(num_classes=9).eval()
+    weights = [part.weight for part in ours.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    copies = dict(zip([name for name in peer.state_dict() if name.endswith("weight")], weights, strict=True))
+    zeros = {name: torch.zeros(value.shape) for name, value in peer.state_dict().items() if name.endswith("bias")}
+    peer.load_state_dict(copies | zeros | {"classifier.6.bias": ours.output.bias}, assign=True)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), peer(images))
+
+
+@pytest.mark.parametrize("variant", ALEXNET)
+def test_dropout_of_every_variant_of_alexnet(variant):
+    with torch.device("meta"):
+        net = MODELS["alexnet"](variant)
+    expected = {"v1": 0.5, "v2": 0.2, "v3": 0.0, "vlr": 0.0}[variant]
+    assert [part.p for part in net.modules() if isinstance(part, nn.Dropout)] == [expected] * 2
+
+
+# ---- noise ----
+
+def test_noise_is_drawn_by_the_global_generator():
+    "As dropout's: kept, set and resumed with it."
+    noisy, x = NoisyReLU(0.9, 1.1), torch.ones(5)
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        one = noisy(x)
+        other = noisy(x)
+        torch.set_rng_state(state)
+        assert torch.equal(noisy(x), one) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [dict(depth=8), dict(dataset="imagenet", depth=50)])
+def test_a_noisy_net_takes_any_batch_and_a_plain_checkpoint(options):
+    noisy, plain = (build("resnet", seed=0, noise=noise, **options) for noise in (0.1, 0.0))
+    noisy.load_state_dict(plain.state_dict())
+    for count in (3, 3, 2):
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        noisy(images).sum().backward()  # every module is used and differentiated anew
+    noisy.load_state_dict(plain.state_dict())
+    assert torch.equal(noisy.eval()(images), plain.eval()(images))
+
+
+def test_noise_under_vmap():
+    each = torch.func.vmap(NoisyReLU(0.5, 1.5), randomness="different")
+    with torch.random.fork_rng(devices=[]):
+        outputs = each(torch.ones(4, 3))
+    assert len(outputs.unique()) == 12
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_random_state_of_the_gpu_is_left_alone():
@@ -69,6 +245,27 @@ def test_random_state_of_the_gpu_is_left_alone():
         ("lenet", {"dropout": True}, "dropout"),
         ("allcnn", {"input_dropout": 1}, "input_dropout"),
         ("allcnn", {"classes": 0}, "classes"),
+        ("resnet", {"depth": 45}, "44 or 50"),
+        ("resnet", {"depth": 2}, "8 or 14"),
+        ("resnet", {"depth": 44.5}, "depth"),
+        ("resnet", {"depth": True}, "depth"),
+        ("resnet", {"dataset": "imagenet", "depth": 44}, "18, 34, 50, 101, 152"),
+        ("resnet", {"dataset": "imagenet", "depth": [18]}, "18, 34, 50, 101, 152"),
+        ("resnet", {"dataset": "cifar"}, "cifar10"),
+        ("resnet", {"dataset": 10}, "dataset of resnet 10"),
+        ("resnet", {"noise": 1.5}, r"noise must be a number in \[0, 1\]"),
+        ("resnet", {"noise": True}, "noise"),
+        ("resnet", {"classes": 0}, "classes"),
+        ("wide_resnet", {"dataset": "imagenet"}, "cifar10, cifar100"),
+        ("wide_resnet", {"depth": 18}, "16 or 22"),
+        ("wide_resnet", {"width": 0}, "width"),
+        ("alexnet", {"variant": "v4"}, "v3"),
+        ("alexnet", {"variant": 2}, "variant of alexnet 2"),
+        ("alexnet", {"dropout": 1}, "dropout"),
+        ("mnist_f1", {"scales": "one"}, "ones"),
+        ("mnist_f1", {"classes": 1.5}, "classes"),
+        ("cifar10_shallow", {"dropout": -1}, "dropout"),
+        ("cifar100_shallow", {"scales": None}, "None"),
         ("mlp", {"hidden": (3.5,)}, "hidden"),
         ("mlp", {"inputs": 0}, "inputs"),
         ("mlp", {"seed": 1.5}, "seed"),

@@ -103,7 +103,8 @@ def test_what_is_imported_is_required():
     required = {Requirement(line).name.lower().replace("-", "_") for line in SETTINGS["requirements"].split()}
     packages = set().union(*(imported(ast.parse(path.read_text())) for path in MODULES))
     optional = {"wandb"}  # imported inside a function, by those who ask for them
-    assert {"scikit_learn" if package == "sklearn" else package for package in packages} - optional <= required
+    otherwise = {"sklearn": "scikit_learn", "PIL": "pillow"}  # what is installed under another name
+    assert {otherwise.get(package, package) for package in packages} - optional <= required
 
 
 # ---- settings and pins ----

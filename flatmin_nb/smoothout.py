@@ -165,7 +165,7 @@ class Perturbed(torch.optim.Optimizer):
             nn.utils.clip_grad_norm_(self._trained(), self.clip)
         self.base.step()
 
-# %% ../nbs/03_smoothout.ipynb #9b3bf9df
+# %% ../nbs/03_smoothout.ipynb #46d1e4b2
 class SmoothOut(Perturbed):
     """Goes around any `torch.optim` optimizer: its gradients are taken at weights with noise, so it descends E L(w + noise).
 
@@ -212,6 +212,7 @@ class SmoothOut(Perturbed):
         self.a, self.kind, self.relative, self.copies, self.antithetic, self.denoise, self.seed = a, noise, relative, copies, antithetic, denoise, seed
         self.factor = partial(strength_factor, schedule=schedule, total=total, exponent=exponent, slope=slope)
         self.updates = self.draws = 0  # updates so far, and noises of the present one
+        self._inside = False  # noise()
         self.quiet = self._without_noise(exclude_batchnorm, [exclude] if isinstance(exclude, str) else exclude)
 
     def _without_noise(self, batchnorm: bool, patterns: Iterable[str]) -> set[Tensor]:
@@ -231,6 +232,8 @@ class SmoothOut(Perturbed):
     @contextmanager
     def noise(self) -> Iterator[None]:
         "Inside, the weights are perturbed, by a noise of which (seed, update, draw) is all that is kept; afterwards they are what they were, bit for bit."
+        if self._inside:
+            raise SmoothOutError("there is noise on the weights already; where the closure itself enters noise(), give copies=None")
         strength, draw = self.strength, self.draws
         self.draws += 1
         params = [p for p in self._trained() if p not in self.quiet] if strength else []
@@ -241,8 +244,12 @@ class SmoothOut(Perturbed):
         for copies in room:
             self._perturb(copies, strength, draw)
         params, perturbed = [p for c in room for p in c.params], [view for c in room for view in c.views]
-        with _in_place_of(params, perturbed):
-            yield
+        self._inside = True
+        try:
+            with _in_place_of(params, perturbed):
+                yield
+        finally:
+            self._inside = False
         if not self.denoise:
             with torch.no_grad():
                 torch._foreach_copy_(params, perturbed)
@@ -378,24 +385,17 @@ def lr_factor(
         raise SmoothOutError(no_such("rule for the learning rate", rule, rules))
     return (batch_size / reference) ** rules[rule]
 
-# %% ../nbs/03_smoothout.ipynb #0d187048
+# %% ../nbs/03_smoothout.ipynb #37721a84
 import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from flatmin_nb.lab.data import ImageSet
-    from flatmin_nb.lab.landscape import Interpolation
-    from flatmin_nb.lab.objective import Objective
 
 # %% ../nbs/03_smoothout.ipynb #8199346c
 class ToolError(OneLineError, ValueError):
@@ -452,8 +452,11 @@ def load_weights(net: nn.Module, file: Path) -> None:
             raise ToolError(f"'{file}' holds the weights of another net than run.json says: {name!r} is {found} in place of {wanted}")
     net.load_state_dict(weights)
 
-# %% ../nbs/03_smoothout.ipynb #875c19e0
-def prepared(net: nn.Module, images: "ImageSet") -> "ImageSet":
+# %% ../nbs/03_smoothout.ipynb #cc27838d
+def prepared(
+    net: nn.Module,
+    images: Any,  # lab.data.ImageSet as it was loaded
+) -> Any:  # such a set
     "The images as the net wants them: by the preprocessing that it carries, or with pixels between -1 and 1."
     from flatmin_nb.lab.data import scaled
 
@@ -465,7 +468,7 @@ def open_run(
     *,
     device: torch.device | str = "cpu",
     data_folder: Path | str | None = None,  # of the image sets; None: $FLATMIN_DATA or the user's cache
-) -> tuple[nn.Module, "ImageSet", dict]:
+) -> tuple[nn.Module, Any, dict]:
     "The net of a run with its weights, in evaluation mode; its images, prepared and split as they were for training; and its record."
     from flatmin_nb.lab import data, models
 
@@ -481,7 +484,7 @@ def open_run(
         raise ToolError(f"the net {parameters['model']!r} of '{folder}' does not take the images of {parameters['dataset']!r} ({str(error).splitlines()[0]})") from None
     return net, images, record
 
-# %% ../nbs/03_smoothout.ipynb #52aa6c6c
+# %% ../nbs/03_smoothout.ipynb #2a999b14
 SPLITS = ("train", "val", "test")
 
 
@@ -498,7 +501,7 @@ class Decoded:
 
 
 def examples_of(
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     split: str,  # train, val or test
     most: int | None = None,  # so many of them if there are more, drawn once and for all; None: all
 ) -> tuple[Tensor, Tensor] | Decoded:
@@ -518,22 +521,22 @@ def examples_of(
 
 def objective_of(
     model: nn.Module,  # with the loss that it carries, else cross-entropy
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     split: str,
     most: int | None = None,
     **options: Any,  # of lab.objective.Objective
-) -> "Objective":
+) -> Any:  # lab.objective.Objective
     "The loss of a net over a split as a function of its weights, dropout off."
     from flatmin_nb.lab.objective import Objective
 
     return Objective(model, getattr(model, "criterion", nn.functional.cross_entropy), examples_of(images, split, most), dropout="off", **options)
 
-# %% ../nbs/03_smoothout.ipynb #edcddd80
+# %% ../nbs/03_smoothout.ipynb #f1697804
 MEASURES = ("loss", "top-1 error, %", "top-5 error, %")
 
 
 def one_pass(
-    objective: "Objective",
+    objective: Any,  # lab.objective.Objective
     noises: Iterator[Tensor] | None = None,  # [D] each, a fresh one for every batch; None: none
 ) -> Tensor:  # [3], as MEASURES
     "Loss and errors of one pass over the data."
@@ -557,10 +560,10 @@ def parameters_with_noise(
     patterns = getattr(model, "quiet", ())
     return lambda name, value: value not in still and not any(fnmatchcase(name, pattern) for pattern in patterns)
 
-# %% ../nbs/03_smoothout.ipynb #eeb74112
+# %% ../nbs/03_smoothout.ipynb #b9a49eb2
 def evaluate_minimum(
     model: nn.Module,
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     split: str = "test",  # train, val or test
     *,
     noise: float = 0.0,  # its strength: a, sigma, s or s; 0: none
@@ -569,7 +572,7 @@ def evaluate_minimum(
     exclude_batchnorm: bool = True,  # no noise on the parameters of BatchNorm, as in SmoothOut
     batch_size: int = 1000,  # images that share a noise
     seed: int = 0,  # of the noise
-) -> "DataFrame":  # measure, value; with noise also noisy, standard_error and rise
+) -> Any:  # a table: measure, value; with noise also noisy, standard_error and rise
     "Loss, top-1 and top-5 error of a net, without noise and, over so many passes, with fresh noise for every batch."
     from pandas import DataFrame
 
@@ -591,10 +594,10 @@ def evaluate_minimum(
         table.attrs |= dict(noise=noise, kind=kind, repeats=repeats, exclude_batchnorm=exclude_batchnorm, batch_size=batch_size, seed=seed)
     return table
 
-# %% ../nbs/03_smoothout.ipynb #7ba93a72
+# %% ../nbs/03_smoothout.ipynb #fe708aa4
 def measure_sharpness(
     model: nn.Module,
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     *,
     epsilons: Sequence[float] = (1e-3, 5e-4),  # half the sides of the box; both are Keskar's
     subspaces: Sequence[int] = (0, 100),  # their dimensions; 0: the full space
@@ -603,7 +606,7 @@ def measure_sharpness(
     repeats: int = 5,  # searches, each from other starts and in another subspace
     restarts: int = 4,  # starts of each: the weights, the corner uphill, then random ones; so 3 at least for a search that differs
     seed: int = 0,  # of the first repeat
-) -> "DataFrame":  # a row for each subspace and epsilon
+) -> Any:  # a table with a row for each subspace and epsilon
     "Keskar's sharpness, in %, with its mean and standard error over the repeats. Keskar et al. 2017 (arXiv 1609.04836), Metric 2.1."
     from pandas import DataFrame
 
@@ -648,18 +651,18 @@ def alpha_grid(
         raise ToolError(f"{what} holds no point: its step leads away from stop" if length <= 0 else f"{what} holds more than {POINTS:,} points; take a longer step")
     return [float(start + place * step) for place in range(math.ceil(length))]
 
-# %% ../nbs/03_smoothout.ipynb #1c33eaba
+# %% ../nbs/03_smoothout.ipynb #96c3a409
 def interpolate_minima(
     first: nn.Module,  # at alpha = 0
     second: nn.Module,  # at alpha = 1
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     *,
     alphas: str | Sequence[float] = "-1:0.1:2.01",  # the grid; 0 and 1 are added where they are missing
     path: str = "linear",  # or "curved": cos(alpha pi/2) first + sin(alpha pi/2) second
     reestimate: bool = True,  # the statistics of BatchNorm, over the training images, at each point; False: they move along
     names: tuple[str, str] = ("first", "second"),  # of the two
     examples: int | None = None,  # most training images, always the same ones; None: all
-) -> "Interpolation":
+) -> Any:  # lab.landscape.Interpolation
     "Loss and error on training and test images on the way from one minimum to another, and the barrier in between. Keskar et al. 2017 (arXiv 1609.04836), section 2.2."
     from flatmin_nb.lab import landscape
 
@@ -667,9 +670,9 @@ def interpolate_minima(
     train, test = examples_of(images, "train", examples), examples_of(images, "test")
     return landscape.interpolate(first, second, loss, train, alpha_grid(alphas), path=path, reestimate=reestimate, names=names, test=test, dropout="off")
 
-# %% ../nbs/03_smoothout.ipynb #59cd3d62
+# %% ../nbs/03_smoothout.ipynb #0fb84c0a
 def picture(
-    table: "DataFrame",  # of a line, a slice or an interpolation
+    table: Any,  # of a line, a slice or an interpolation
     title: str = "",
 ) -> Any:  # a matplotlib figure
     "Loss, on a logarithmic axis, and error over alpha: train in full and test dashed, a colour for each direction. Needs no display."
@@ -685,17 +688,17 @@ def picture(
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/03_smoothout.ipynb #9ba508c2
+# %% ../nbs/03_smoothout.ipynb #2238c0e3
 def slice_minimum(
     model: nn.Module,
-    images: "ImageSet",
+    images: Any,  # lab.data.ImageSet, prepared for the net
     *,
     alphas: str | Sequence[float] = "-1:0.1:1.01",  # the grid
     directions: int = 1,  # how many, orthogonal to each other
     biases: str = "ignore",  # parameters of one dimension stay; or "as weights"
     examples: int | None = None,  # most training images, always the same ones; None: all
     seed: int = 0,  # of the directions; the first is the same however many there are
-) -> "DataFrame":  # direction, alpha, and loss and error (%) of train and test
+) -> Any:  # a table: direction, alpha, and loss and error (%) of train and test
     "Loss and error along filter-normalised random directions. Li et al. 2018 (arXiv 1712.09913), section 4."
     import pandas as pd
 
@@ -731,7 +734,7 @@ class OneLineGroup(TyperGroup):
 app = typer.Typer(cls=OneLineGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Four looks at the minimum that a finished run found. RUN is the folder of a run, with run.json and model.safetensors.")  # fmt: skip
 
-# %% ../nbs/03_smoothout.ipynb #46f7b3c2
+# %% ../nbs/03_smoothout.ipynb #164e5c04
 def writable(folder: Path | None, names: Sequence[str], overwrite: bool) -> None:
     "Make the folder; ToolError if that cannot be, or if one of these files is there and may not be replaced."
     if folder is None:
@@ -745,7 +748,7 @@ def writable(folder: Path | None, names: Sequence[str], overwrite: bool) -> None
 
 
 def deliver(
-    table: "DataFrame",
+    table: Any,  # pandas.DataFrame
     folder: Path | None,  # None: write nothing
     name: str,
     figure: Any = None,
@@ -763,8 +766,8 @@ def deliver(
         with written_whole(folder / f"{name}.png") as file:
             file.write(drawn.getvalue())
 
-# %% ../nbs/03_smoothout.ipynb #21507242
-def opened_on(folder: Path, device: str, data_folder: Path | None) -> tuple[nn.Module, "ImageSet", dict]:
+# %% ../nbs/03_smoothout.ipynb #b1ebe5a3
+def opened_on(folder: Path, device: str, data_folder: Path | None) -> tuple[nn.Module, Any, dict]:
     "`open_run`, and what a table keeps of the run."
     from flatmin_nb.lab.parameters import ParameterError, torch_device
 

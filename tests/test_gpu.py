@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from flatmin_nb.entropy_sgd import EntropySGD
 from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.results import Run
 from flatmin_nb.lab.train import Callback, fit, largest
+from flatmin_nb.smoothout import SAM, SmoothOut
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -108,3 +110,22 @@ def test_what_is_not_finite_shows_in_the_largest_entries():
     huge, wrong = torch.full((3,), 1e20, device="cuda"), torch.tensor([[1.0, math.nan]], device="cuda")
     seen = torch.stack(list(largest([huge, wrong, -huge / 0, huge.double()]))).isfinite()
     assert seen.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "wrap", [partial(SmoothOut, a=0.05), partial(SmoothOut, a=0.05, relative="filter"), partial(SmoothOut, a=0.05, noise="gaussian", copies=2), partial(SAM, rho=0.1), partial(SAM, rho=1.0, adaptive=True)]
+)
+def test_a_perturbed_step_does_not_wait_and_gives_the_weights_back(wrap):
+    net = small_net().cuda()
+    optimizer = wrap(torch.optim.SGD(net.parameters(), lr=0.0), net)
+    before = [p.detach().clone() for p in net.parameters()]
+    closure = closure_for(net, optimizer, *noise_images("cuda", torch.float32))
+    optimizer.step(closure)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before))

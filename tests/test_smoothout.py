@@ -314,6 +314,16 @@ def test_an_option_that_means_nothing_is_refused_in_one_line(options, complaint)
     assert complaint in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
+def test_noise_on_noise_is_refused():
+    net = net_of()
+    optimizer, before = SmoothOut(sgd(net), net, a=0.1), flat(net)
+    with pytest.raises(SmoothOutError, match="noise on the weights already; .* copies=None"):
+        fit(net, optimizer, digits, epochs=1, ghosts=32, around_ghost=optimizer.noise, splits=(), progress=False)
+    assert torch.equal(flat(net), before)
+    with optimizer.noise():
+        pass
+
+
 def test_a_wrong_pair_of_optimizer_and_net_is_refused():
     net = net_of()
     for make, complaint in (

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from flatmin_nb.lab import models
 from flatmin_nb.lab.data import Batches, load, scaled
 from flatmin_nb.lab.train import Loop, fit, ghost_batches
-from flatmin_nb.smoothout import SAM, SmoothOut, SmoothOutError
+from flatmin_nb.smoothout import SAM, SmoothOut, SmoothOutError, lr_factor, strength_factor
 
 digits = scaled(load("digits", validation=0.2), centre=127.5, scale=127.5)
 
@@ -362,3 +362,89 @@ def test_a_wrong_parameter_of_the_notebook(papermill, tmp_path, parameter, words
     result = papermill(parameter, notebook="03_smoothout", OMP_NUM_THREADS="1")
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode != 0 and words in last and not (tmp_path / "out").exists(), result.stderr
+
+
+@pytest.mark.parametrize("name", ["copies", "sam"])
+def test_autocast_around_the_step_does_not_hide_the_noise(name):
+    "Autocast keeps the casts of the weights, by parameter."
+    net, seen = net_of(batchnorm=False), []
+    optimizer = WRAPPERS[name](sgd(net), net)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(net(digits.train_images[:32]), digits.train_labels[:32])
+        loss.backward()
+        seen.append(loss.item())
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+    assert len(set(seen)) == len(seen) > 1
+
+
+def test_a_copy_under_a_scheduler_goes_its_own_way():
+    net = net_of()
+    optimizer = SmoothOut(sgd(net), net, a=0.05)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    twin, twins = copy.deepcopy((net, optimizer))
+    before = flat(net)
+    trained(twin, twins, 1)
+    assert torch.equal(flat(net), before) and not torch.equal(flat(twin), before)
+    assert pickle.loads(pickle.dumps(optimizer)).a == 0.05
+
+
+def test_a_parameter_that_one_copy_alone_uses_gets_its_share():
+    net = nn.ParameterDict({"u": nn.Parameter(torch.ones(1)), "v": nn.Parameter(torch.ones(1))})
+    optimizer, calls = SmoothOut(torch.optim.SGD(net.parameters(), lr=1.0), net, a=1e-6, copies=2), []
+
+    def closure():
+        optimizer.zero_grad()
+        calls.append(1)
+        loss = (net["u"] + (net["v"] if len(calls) == 1 else 0)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert (net["u"].item(), net["v"].item()) == (0.0, 0.5)
+
+
+def test_noise_in_half_precision_has_the_length_of_its_filter():
+    net = nn.Linear(2**20, 1, bias=False).half()
+    nn.init.constant_(net.weight, 0.01)
+    before = net.weight.detach().float()
+    with SmoothOut(sgd(net), net, a=0.5, relative="filter").noise():
+        assert ((net.weight.float() - before).norm() / before.norm()).item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_looking_at_noise_leaves_the_pairs_paired():
+    net, seen = net_of(), []
+    optimizer, before = SmoothOut(torch.optim.SGD(net.parameters(), lr=0.0), net, a=0.1, copies=2, antithetic=True), flat(net).double()
+    with optimizer.noise():
+        pass
+    optimizer.step(lambda: seen.append(flat(net).double() - before) or torch.zeros(()))
+    torch.testing.assert_close(seen[0], -seen[1], atol=1e-7, rtol=0)
+
+
+def test_what_would_be_silently_wrong_is_refused():
+    net = net_of()
+    smooth, worst = SmoothOut(sgd(net), net, a=0.1), SAM(sgd(net), net)
+
+    def step_inside():
+        with smooth.noise():
+            smooth.step()
+
+    for act, complaint in (
+        (step_inside, "inside noise"),
+        (lambda: SmoothOut(sgd(net), net, a=0.1, copies=None).step(lambda: torch.zeros(())), "did not enter noise"),
+        (lambda: SAM(smooth, net), "cannot go around SmoothOut"),
+        (lambda: SmoothOut(torch.optim.LBFGS(net.parameters()), net), "cannot go around LBFGS"),
+        (lambda: SmoothOut(sgd(net), net.parameters()), "must be the net itself"),
+        (lambda: smooth.load_state_dict(worst.state_dict()), "not the state of SmoothOut"),
+        (lambda: worst.load_state_dict(smooth.state_dict()), "not the state of SAM"),
+        (lambda: worst.step(lambda: torch.zeros(())), "left no gradient"),
+        (lambda: SmoothOut(sgd(net), net, copies=2).step(lambda: None), "must return its loss"),
+        (lambda: strength_factor(3, "tanh"), "needs total"),
+        (lambda: lr_factor(-4, 128), "batch_size must be an integer"),
+    ):
+        with pytest.raises(SmoothOutError, match=complaint):
+            act()

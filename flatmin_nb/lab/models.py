@@ -80,7 +80,7 @@ def with_recipe(
             check_whole("an epoch of a regime", epoch, ModelError, least=0)
         if "optimizer" not in regime.get(0, {}):
             raise ModelError(f"a regime names its optimizer at epoch 0, {{0: dict(optimizer='SGD', lr=0.1)}}; got {regime!r}")
-    carried = dict(regime=regime, prepare=prepare, augment=augment, quiet=list(quiet), criterion=criterion)
+    carried = dict(regime=regime, prepare=prepare, augment=augment, quiet=[quiet] if isinstance(quiet, str) else list(quiet), criterion=criterion)
     for name, value in carried.items():
         if value is not None:
             object.__setattr__(net, name, value)  # not nn.Module's own, which would make a layer of a criterion that is a module

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Parts', 'evaluate', 'ghost_batches', 'Loop', 'Callback', 'measured', 'Ledger', 'Diverged', 'largest', 'Guard',
-           'tensors', 'Keeper', 'Fit', 'due', 'divergence_recorded', 'steps_shown', 'report', 'completed', 'fit',
-           'RegimeError', 'regime_optimizer', 'Regime', 'Trail', 'TrailError']
+           'tensors', 'Keeper', 'Fit', 'due', 'divergence_recorded', 'steps_shown', 'report', 'completed', 'parts_by',
+           'fit', 'RegimeError', 'regime_optimizer', 'Regime', 'Trail', 'TrailError']
 
 # %% ../../nbs/lab/train.ipynb #5d263595
 import math
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .data import Batches, CropFlip, ImageSet
 from .errors import OneLineError, check_number, check_whole, no_such
 from .results import Run, device_name
-from .state import modes_kept, random_state_kept, reestimate, statistics_kept
+from .state import batchnorms, modes_kept, random_state_kept, reestimate, statistics_kept
 
 # %% ../../nbs/lab/train.ipynb #71be52ac
 @torch.no_grad()
@@ -176,9 +176,10 @@ class Ledger:
         self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64, device=device), 0
         self.seconds, self._since = 0.0, time.perf_counter()
 
-    def add_loss(self, value: Tensor) -> None:
-        self.loss_sum += value
-        self.loss_count += 1
+    def add_loss(self, value: Tensor, count: int = 1) -> None:
+        "The mean loss of a step over so many images."
+        self.loss_sum += value.double() * count
+        self.loss_count += count
 
     def add_row(self, loop: Loop, columns: dict[str, float]) -> dict[str, float]:
         "Close the row of the steps since the last one. The learning rate is the one that these steps were taken with."
@@ -350,6 +351,18 @@ def completed(loop: Loop, ledger: Ledger, evaluated: nn.Module, run: Run | None)
     return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated)
 
 # %% ../../nbs/lab/train.ipynb #7c9a8f1d
+def parts_by(ghosts: int | Callable[[int], Parts] | None, model: nn.Module, batches: Batches) -> Callable[[int], Parts] | None:
+    "The rule for ghost batches. ValueError where one of them is a single image and the net has BatchNorm, which has no statistics there."
+    if ghosts is not None and not callable(ghosts):
+        check_whole("ghosts", ghosts, ValueError)
+    rule = (lambda count: ghost_batches(count, int(ghosts))) if ghosts is not None and not callable(ghosts) else ghosts
+    over = len(batches.images) % batches.batch_size if batches.last == "keep" else 0
+    for count in {batches.batch_size, over or batches.batch_size}:
+        if batchnorms(model) and min(size for size, _ in (rule(count) if rule else [(count, 1.0)])) == 1:
+            raise ValueError(f"a batch of {count} images would go through BatchNorm one image at a time at its end; choose another batch_size or ghosts, or last='drop'")
+    return rule
+
+
 def fit(
     model: nn.Module,
     optimizer: Optimizer,  # of the model's parameters; called as step(closure)
@@ -380,10 +393,8 @@ def fit(
     "Train `model`, or go on where `run` stopped. Raises Diverged, and records it, at a number that is not finite."
     device = images.train_images.device
     batches = Batches(images.train_images, images.train_labels, batch_size, seed=seed, replacement=replacement, last=last, augment=augment)
-    epoch, last = len(batches), epochs * len(batches)  # in steps
-    if isinstance(ghosts, int):
-        check_whole("ghosts", ghosts, ValueError)
-    parts = (lambda count: ghost_batches(count, ghosts)) if isinstance(ghosts, int) else ghosts
+    epoch, end = len(batches), epochs * len(batches)  # in steps
+    parts = parts_by(ghosts, model, batches)
     loop, ledger, guard = Loop(model, optimizer, batches, images, loss, parts, around_ghost), Ledger(device), Guard(model, device)
     evaluated = model if average is None else average.module
     kept = dict(model=model, optimizer=optimizer, schedule=schedule, average=average, loop=loop, ledger=ledger)
@@ -397,18 +408,19 @@ def fit(
         with ledger.paused():
             if not keeper.restore():
                 keeper.save(loop.step)
-        with steps_shown(loop.step, last, progress) as bar:
-            while loop.step < last:
+        with steps_shown(loop.step, end, progress) as bar:
+            while loop.step < end:
                 for callback in callbacks:
                     callback.before_step(loop)
-                ledger.add_loss(loop.take_step())
+                value = loop.take_step()
+                ledger.add_loss(value, len(loop.batch[1]))  # a last batch that is smaller counts less
                 guard.watch(loop)
                 if average is not None:
                     average.update_parameters(model)
                 for callback in callbacks:
                     callback.after_step(loop)
                 bar.update()
-                if due(loop.step, last, epoch * evaluate_every, evaluate_every_steps):
+                if due(loop.step, end, epoch * evaluate_every, evaluate_every_steps):
                     with ledger.paused():
                         guard.look()
                         row = ledger.add_row(
@@ -425,7 +437,7 @@ def fit(
                         report(row, ledger, run, bar)
                 if schedule is not None and loop.step % epoch == 0:
                     schedule.step()
-                if due(loop.step, last, epoch * save_every, save_every_steps):
+                if due(loop.step, end, epoch * save_every, save_every_steps):
                     with ledger.paused():
                         guard.look()
                         keeper.save(loop.step)
@@ -446,10 +458,13 @@ def regime_optimizer(
     options = dict(regime.get(0, {}))
     name = options.pop("optimizer", None)
     found = getattr(torch.optim, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+    if not (isinstance(found, type) and issubclass(found, Optimizer) and found is not Optimizer):
         names = [each for each, kind in vars(torch.optim).items() if isinstance(kind, type) and each != "Optimizer"]
         raise RegimeError(no_such("optimizer of torch.optim", name, names))
-    return found(parameters, **options)
+    try:
+        return found(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise RegimeError(f"{name} does not take the options of epoch 0 of the regime ({error})") from None
 
 # %% ../../nbs/lab/train.ipynb #927571e7
 class Regime:
@@ -465,6 +480,8 @@ class Regime:
     ):
         check_number("lr_factor", lr_factor, RegimeError, "(0, inf)")
         check_number("stretch", stretch, RegimeError, "(0, inf)")
+        if lr_factor != 1 and "lr" not in settings.get(0, {}):
+            raise RegimeError("lr_factor is for learning rates of the regime, which names none at epoch 0; add lr there")
         self.optimizer, self.epoch, self._changes = optimizer, 0, {}
         for epoch, options in settings.items():
             check_whole("an epoch of the regime", epoch, RegimeError, least=0)
@@ -476,9 +493,14 @@ class Regime:
         name, now = options.pop("optimizer", None), type(getattr(self.optimizer, "base", self.optimizer)).__name__
         if name not in (None, now):
             raise RegimeError(f"the regime asks for {name} at epoch {epoch}, but the optimizer is {now}; a change of optimizer is another call of fit")
+        groups = self.optimizer.param_groups
         for option in options:
-            if option not in self.optimizer.param_groups[0]:
-                raise RegimeError(f"epoch {epoch} of the regime: {no_such('option', option, [o for o in self.optimizer.param_groups[0] if o != 'params'])}")
+            if option == "params" or option not in groups[0]:
+                raise RegimeError(f"epoch {epoch} of the regime: {no_such('option', option, [o for o in groups[0] if o != 'params'])}")
+            if any(group[option] != groups[0][option] for group in groups):
+                raise RegimeError(f"epoch {epoch} of the regime sets {option!r}, in which the parameter groups differ; a regime is for one group, or for what they share")
+        if "lr" in options:
+            check_number(f"lr at epoch {epoch} of the regime", options["lr"], RegimeError, "[0, inf)")
         return options | ({"lr": options["lr"] * lr_factor} if "lr" in options else {})
 
     def step(self) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flatmin_nb.lab import models
-from flatmin_nb.lab.data import Batches, load, scaled
-from flatmin_nb.lab.train import Loop, fit, ghost_batches
+from flatmin_nb.lab.data import Batches, ImageSet, load, scaled
+from flatmin_nb.lab.train import Loop, Regime, fit, ghost_batches, regime_optimizer
 from flatmin_nb.smoothout import SAM, SmoothOut, SmoothOutError, lr_factor, strength_factor
 
 digits = scaled(load("digits", validation=0.2), centre=127.5, scale=127.5)
@@ -448,3 +448,17 @@ def test_what_would_be_silently_wrong_is_refused():
     ):
         with pytest.raises(SmoothOutError, match=complaint):
             act()
+
+
+@pytest.mark.parametrize("name", ["cifar10_shallow", "cifar100_shallow", "resnet"])
+def test_a_step_of_the_nets_that_need_cifar(name):
+    "With the regime, the preprocessing and the augmentation that they carry."
+    net, random = models.build(name, seed=0), torch.Generator().manual_seed(0)
+    x, y = torch.randint(256, (24, 3, 32, 32), generator=random, dtype=torch.uint8), torch.arange(24) % 10
+    images = net.prepare(ImageSet("noise", x, y, x[:0], y[:0], x, y, num_classes=10))
+    before = flat(net)
+    optimizer = SmoothOut(regime_optimizer(net.parameters(), net.regime), net, a=0.01, copies=None, exclude=net.quiet)
+    options = dict(ghosts=8, around_ghost=optimizer.noise, augment=net.augment, schedule=Regime(optimizer, net.regime, lr_factor=2**0.5))
+    result = fit(net, optimizer, images, epochs=1, batch_size=16, last="keep", splits=("test",), progress=False, **options)
+    assert (result.steps, result.gradient_evaluations) == (2, 2) and math.isfinite(result.history["test_loss"].iloc[-1])
+    assert not torch.equal(flat(net), before)

@@ -52,6 +52,8 @@ def main(
     if name not in PROTOCOL:
         sys.exit(f"no tables {name!r}; choose one of {', '.join(PROTOCOL)}")
     table = load(runs)
+    if table.empty:
+        sys.exit(f"there is no run in {' '.join(map(str, runs))}; give folders that papermill wrote with -p out")
     table = table[table["status"].isin(["fitted", "finished", "diverged"])]  # fitted: trained to the end, its notebook not
     refuse_a_mixture(table, PROTOCOL[name])
     curves = histories(runs).merge(table[["run", *KEY]], on="run")

@@ -339,14 +339,14 @@ class Batches:
 
     def __init__(
         self,
-        images: "torch.Tensor | ImageFiles",  # [N, C, H, W]
+        images: torch.Tensor,  # [N, C, H, W]; or ImageFiles
         labels: torch.Tensor,  # [N], on the same device
         batch_size: int,
         *,
         seed: int = 0,  # of the order and of the augmentation
         replacement: bool = False,  # False: each image at most once in a pass; True: independent draws
         last: str = "drop",  # what becomes of the images that do not fill a batch: "drop", or "keep" them as a smaller one
-        augment: "Callable | FileCrop | None" = None,  # has `choices(count, rng)` and is called with a batch and its choices
+        augment: Callable | None = None,  # has `choices(count, rng)` and is called with a batch and its choices
     ):
         check_whole("batch_size", batch_size, DataError)
         check_whole("seed", seed, DataError, least=0)

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -378,7 +377,7 @@ def fit(
     seed: int = 0,  # of the order of the minibatches, of augmentation and of dropout
     replacement: bool = False,  # draw each minibatch from the whole set
     augment: CropFlip | None = None,
-    schedule: "LRScheduler | Regime | None" = None,  # stepped once an epoch
+    schedule: Any = None,  # of torch's, or a Regime; stepped once an epoch
     evaluate_every: int = 1,  # epochs; and after the last step in any case
     evaluate_every_steps: int = 0,  # besides; 0: off
     splits: Sequence[str] = ("val", "test"),  # "train" may be added

@@ -337,7 +337,7 @@ def test_a_wrong_pair_of_optimizer_and_net_is_refused():
 
 
 def test_f1_on_mnist_through_papermill(papermill, small_mnist, tmp_path):
-    small = ("epochs=2", "batch_size=8", "large_batch_size=32", "methods=small large+momentum+ghosts+flip adasmoothout", "seeds=0", "sharpness_examples=16")
+    small = ("epochs=2", "batch_size=8", "large_batch_size=32", "methods=small large+momentum+ghosts+flip adasmoothout", "seeds=0", "validation=0.25", "measure=False")
     result = papermill("experiment=f1", *small, notebook="03_smoothout", FLATMIN_DATA=str(small_mnist.parent), OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     records = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/run.json")}

@@ -192,12 +192,13 @@ class Perturbed(torch.optim.Optimizer):
             nn.utils.clip_grad_norm_(self._trained(), self.clip)
         self.base.step()
 
-# %% ../nbs/03_smoothout.ipynb #668c13ce
+# %% ../nbs/03_smoothout.ipynb #334d48cd
 class SmoothOut(Perturbed):
     """Goes around any `torch.optim` optimizer: its gradients are taken at weights with noise, so it descends E L(w + noise).
 
     `step(closure)` calls the closure `copies` times, each under fresh noise. The closure draws a minibatch, clears the gradients, computes the loss, calls `backward` and
     returns the loss. In a loop without a closure: `with optimizer.noise(): loss.backward()`, with the forward pass inside too, as often as wanted; then `optimizer.step()`.
+    The gradients of several such blocks add up, as ever in torch, so each loss is multiplied by its share of the images.
     Source: Wen et al. 2018 (arXiv 1805.07898, abstract) and its published code.
     """
 
@@ -338,12 +339,12 @@ class SmoothOut(Perturbed):
     def _load_own_state(self, state: dict) -> None:
         self.updates, self.draws, self.seed = state["updates"], state["draws"], state["seed"]
 
-# %% ../nbs/03_smoothout.ipynb #17f183ca
+# %% ../nbs/03_smoothout.ipynb #5e406543
 class SAM(Perturbed):
     """Goes around any `torch.optim` optimizer: its gradient is taken where the loss is largest within `rho`, to first order.
 
     `step(closure)` calls the closure twice, and both calls must use the same minibatch (`same_batch` says so).
-    Source: Foret et al. 2021 (arXiv 2010.01412), eq. 2-3; `adaptive`: Kwon et al. 2021 (arXiv 2102.11600), eq. 6-8.
+    Source: Foret et al. 2021 (arXiv 2010.01412); `adaptive`: Kwon et al. 2021 (arXiv 2102.11600).
     """
 
     same_batch = True
@@ -409,13 +410,13 @@ class SAM(Perturbed):
             for layer, tracked in layers:
                 layer.track_running_stats = tracked
 
-# %% ../nbs/03_smoothout.ipynb #71cf5d7c
+# %% ../nbs/03_smoothout.ipynb #2b4de9f0
 def lr_factor(
     batch_size: int,
     reference: int,  # the batch size that the learning rate was chosen for
     rule: str = "sqrt",  # or "linear" or "none"
 ) -> float:
-    "What to multiply the learning rate by: (B / b)^(1/2) keeps the variance of the step (Hoffer et al. 2017, section 4), B / b its mean per epoch."
+    "What to multiply the learning rate by: (B / b)^(1/2) keeps the variance of the step (Hoffer et al. 2017, arXiv 1705.08741), B / b its mean per epoch."
     check_whole("batch_size", batch_size, SmoothOutError)
     check_whole("reference", reference, SmoothOutError)
     rules = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}

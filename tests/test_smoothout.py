@@ -31,17 +31,22 @@ def flat(net):
     return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 
+def closure_of(net, optimizer, x, y):
+    "Clear, forward, backward."
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def trained(net, optimizer, steps, start=0):
     "The weights after steps on batches of 32 digits, in order."
     for x, y in list(zip(digits.train_images.split(32), digits.train_labels.split(32)))[start : start + steps]:
-
-        def closure():
-            optimizer.zero_grad()
-            loss = cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(net, optimizer, x, y))
     return flat(net)
 
 
@@ -164,14 +169,7 @@ def test_channels_last_and_mixed_precision_take_the_right_step(name):
         with optimizer.noise() if isinstance(optimizer, SmoothOut) else torch.no_grad():
             assert [p.stride() for p in net.parameters()] == layouts
         assert torch.equal(flat(net), before)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(net, optimizer, x, y))
         assert torch.isfinite(flat(net)).all() and not torch.equal(flat(net), before)
         assert [p.stride() for p in net.parameters()] == layouts
 

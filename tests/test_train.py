@@ -202,3 +202,77 @@ def test_evaluation_in_double_precision_and_on_a_net_of_one_layer(digits):
     loss, error = evaluate(net, double.test_images, double.test_labels, batch_size=7)
     assert loss == pytest.approx(result.history.test_loss.iloc[-1], rel=1e-12)
     assert error == result.history.test_error.iloc[-1]
+
+
+class Stop(Callback):
+    "Has enough after so many steps, or at so many."
+
+    def __init__(self, step, when="after_step"):
+        self.at, self.when = step, when
+
+    def after_step(self, loop):
+        if self.when == "after_step" and loop.step == self.at:
+            loop.stopped = "enough"
+
+    def after_row(self, loop, row):
+        if self.when == "after_row" and loop.step >= self.at:
+            loop.stopped = "enough"
+
+
+@pytest.mark.parametrize(("when", "at", "rows"), [("after_step", 9, [0, 5, 9]), ("after_row", 6, [0, 5, 10]), ("after_row", 0, [0])])
+def test_a_stop_is_a_last_step(digits, tmp_path, when, at, rows):
+    run = Run(tmp_path, {})
+    net, result = train(digits, run=run, callbacks=[Stop(at, when)], evaluate_first=True, evaluate_every_steps=5, save_every=0)
+    assert (result.history.step.tolist(), result.steps, result.stopped, result.status) == (rows, rows[-1], "enough", "fitted")
+    assert run.checkpoint()["parts"]["loop"]["step"] == rows[-1] and run.record["summary"]["stopped"] == "enough"
+    run.close()
+    other, again = train(digits, run=Run(tmp_path, {}), callbacks=[Stop(None)], evaluate_first=True, evaluate_every_steps=5, save_every=0)
+    assert same(net, other) and again.stopped == "enough"
+    pd.testing.assert_frame_equal(again.history, result.history)
+
+
+def test_nothing_is_said_of_a_stop_where_there_is_none(digits, tmp_path):
+    _, result = train(digits, run=Run(tmp_path, {}))
+    assert result.stopped == "" and "stopped" not in load_runs(tmp_path)
+
+
+def test_a_first_row_is_taken_once(digits, tmp_path):
+    class Killed(Callback):
+        def after_step(self, loop):
+            if loop.step == 20:
+                raise KeyboardInterrupt
+
+    whole, expected = train(digits, evaluate_first=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, run=Run(tmp_path, {}), callbacks=[Killed()], evaluate_first=True)
+    net, resumed = train(digits, run=Run(tmp_path, {}), callbacks=[Callback()], evaluate_first=True)
+    assert same(net, whole) and math.isnan(resumed.history.train_loss[0]) and resumed.history.step[0] == 0
+    pd.testing.assert_frame_equal(resumed.history.drop(columns="seconds"), expected.history.drop(columns="seconds"))
+
+
+def test_no_epochs_and_a_first_row(digits):
+    assert train(digits, epochs=0, evaluate_first=True)[1].history.step.tolist() == [0]
+
+
+def test_a_checkpoint_from_before_runs_could_be_stopped(digits, tmp_path):
+    run = Run(tmp_path, {})
+    net, _ = train(digits, run=run)
+    state = run.checkpoint()
+    del state["parts"]["loop"]["stopped"]
+    run.save_checkpoint(state)
+    other, again = train(digits, run=run)
+    assert same(net, other) and again.stopped == ""
+
+
+def test_examples_that_an_optimizer_takes_by_itself_are_paid_for(digits):
+    class Spends(SGD):
+        examples_spent = 1000  # before training
+
+        def step(self, closure):
+            self.examples_spent += 64
+            return super().step(closure)
+
+    net, result = train(digits, lambda p: Spends(p, lr=0.05, momentum=0.9))
+    assert same(net, train(digits)[0])
+    assert result.history.gradient_evaluations.tolist() == [1.5 * step for step in result.history.step]
+    assert isinstance(train(digits)[1].gradient_evaluations, int)

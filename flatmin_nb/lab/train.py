@@ -77,7 +77,8 @@ class Loop:
     parts: Callable[[int], Parts] | None = None  # a rule for ghost batches; None: the whole batch at once
     around: Callable[[], AbstractContextManager] = nullcontext  # entered around each of them, forward and backward
     step: int = 0  # steps of the optimizer
-    gradient_evaluations: int = 0  # calls of the closure
+    gradient_evaluations: float = 0  # calls of the closure, and what an optimizer with `examples_spent` took by itself
+    stopped: str = ""  # why training ends now, if a callback says so
     losses: list[Tensor] = field(default_factory=list, repr=False)  # of the present step, one per gradient evaluation
     batch: tuple[Tensor, Tensor] = field(default=(), repr=False)  # the last that was drawn
 
@@ -113,16 +114,20 @@ class Loop:
 
     def take_step(self) -> Tensor:
         "Let the optimizer take one step; the loss that it returns, or the mean of those that it saw if it returns none."
-        self.losses = []
+        self.losses, before = [], getattr(self.optimizer, "examples_spent", 0)
         value = self.optimizer.step(self.closure)
         self.step += 1
+        if spent := getattr(self.optimizer, "examples_spent", 0) - before:
+            self.gradient_evaluations += spent / self.batches.batch_size
         return torch.stack(self.losses).mean() if value is None else value
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "gradient_evaluations": self.gradient_evaluations, "batches": self.batches.state_dict()}
+        numbers = {name: getattr(self, name) for name in ("step", "gradient_evaluations", "stopped")}
+        return numbers | {"batches": self.batches.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.gradient_evaluations = state["step"], state["gradient_evaluations"]
+        self.stopped = state.get("stopped", "")  # a checkpoint may be older than this field
         self.batches.load_state_dict(state["batches"])
 
 # %% ../../nbs/lab/train.ipynb #cd7fafe1
@@ -136,6 +141,9 @@ class Callback:
     def row(self, loop: Loop) -> dict[str, float]:
         "What to add to the row of the history that is being written."
         return {}
+
+    def after_row(self, loop: Loop, row: dict[str, float]) -> None:
+        "Act on a row that is complete. `loop.stopped = reason`, here or in after_step, makes this step the last."
 
     def state_dict(self) -> dict:
         "What to keep in a checkpoint: tensors, numbers, text, in lists and dictionaries."
@@ -184,7 +192,7 @@ class Ledger:
         "Close the row of the steps since the last one. The learning rate is the one that these steps were taken with."
         row = dict(step=loop.step, epoch=loop.epoch, gradient_evaluations=loop.gradient_evaluations,
                    seconds=round(self.seconds, 4), lr=float(loop.optimizer.param_groups[0]["lr"]),
-                   train_loss=self.loss_sum.item() / self.loss_count)  # fmt: skip
+                   train_loss=self.loss_sum.item() / self.loss_count if self.loss_count else math.nan)  # fmt: skip
         self.rows.append(row | columns)
         self.loss_sum.zero_()
         self.loss_count = 0
@@ -305,9 +313,10 @@ class Fit:
     history: pd.DataFrame  # one row per evaluation
     status: str  # "fitted"
     steps: int
-    gradient_evaluations: int
+    gradient_evaluations: float
     seconds: float  # of training alone
     model: nn.Module = field(repr=False)  # what was evaluated: the model, or the average of it
+    stopped: str = ""  # why training ended before its last epoch, if it did
 
 
 def due(step: int, last: int, *periods: int) -> bool:
@@ -346,8 +355,9 @@ def completed(loop: Loop, ledger: Ledger, evaluated: nn.Module, run: Run | None)
     if run is not None:
         row = ledger.rows[-1] if ledger.rows else {}  # no epochs, no rows
         last = {name: value for name, value in row.items() if name not in ("seconds", "lr")}
+        last |= {"stopped": loop.stopped} if loop.stopped else {}
         run.finish(evaluated, history, status="fitted", train_seconds=round(ledger.seconds, 3), **last)
-    return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated)
+    return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated, loop.stopped)
 
 # %% ../../nbs/lab/train.ipynb #7c9a8f1d
 def parts_by(ghosts: int | Callable[[int], Parts] | None, model: nn.Module, batches: Batches) -> Callable[[int], Parts] | None:
@@ -380,6 +390,7 @@ def fit(
     schedule: Any = None,  # of torch's, or a Regime; stepped once an epoch
     evaluate_every: int = 1,  # epochs; and after the last step in any case
     evaluate_every_steps: int = 0,  # besides; 0: off
+    evaluate_first: bool = False,  # a row at step 0 too, where there is no train_loss yet
     splits: Sequence[str] = ("val", "test"),  # "train" may be added
     reestimate_batchnorm: bool = False,  # for each evaluation, and for good at the end
     average: AveragedModel | None = None,  # updated after every step, and evaluated in place of the model
@@ -405,10 +416,29 @@ def fit(
     with random_state_kept(device, seed), modes_kept(model), divergence_recorded(run, ledger):
         model.train()
         with ledger.paused():
-            if not keeper.restore():
-                keeper.save(loop.step)
+            resumed = keeper.restore()
         with steps_shown(loop.step, end, progress) as bar:
-            while loop.step < end:
+
+            def look() -> None:
+                "Add a row to the history."
+                guard.look()
+                columns = measured(
+                    loop, evaluated, callbacks, splits=splits, batch_size=eval_batch_size, reestimate_batchnorm=reestimate_batchnorm
+                )
+                row = ledger.add_row(loop, columns)
+                report(row, ledger, run, bar)
+                for callback in callbacks:
+                    callback.after_row(loop, row)
+
+            def now(*periods: int) -> bool:
+                return due(loop.step, loop.step if loop.stopped else end, *periods)
+
+            if not resumed:
+                with ledger.paused():
+                    if evaluate_first:
+                        look()
+                    keeper.save(loop.step)
+            while loop.step < end and not loop.stopped:
                 for callback in callbacks:
                     callback.before_step(loop)
                 value = loop.take_step()
@@ -419,24 +449,12 @@ def fit(
                 for callback in callbacks:
                     callback.after_step(loop)
                 bar.update()
-                if due(loop.step, end, epoch * evaluate_every, evaluate_every_steps):
+                if now(epoch * evaluate_every, evaluate_every_steps):
                     with ledger.paused():
-                        guard.look()
-                        row = ledger.add_row(
-                            loop,
-                            measured(
-                                loop,
-                                evaluated,
-                                callbacks,
-                                splits=splits,
-                                batch_size=eval_batch_size,
-                                reestimate_batchnorm=reestimate_batchnorm,
-                            ),
-                        )
-                        report(row, ledger, run, bar)
+                        look()
                 if schedule is not None and loop.step % epoch == 0:
                     schedule.step()
-                if due(loop.step, end, epoch * save_every, save_every_steps):
+                if now(epoch * save_every, save_every_steps):
                     with ledger.paused():
                         guard.look()
                         keeper.save(loop.step)

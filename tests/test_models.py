@@ -15,6 +15,7 @@ from flatmin_nb.lab.models import ALEXNET, IMAGENET_RESNETS, MODELS, ModelError,
 INPUTS = {
     "mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28),
     "cifar10_shallow": (3, 32, 32), "cifar100_shallow": (3, 32, 32), "resnet": (3, 32, 32), "wide_resnet": (3, 32, 32), "alexnet": (3, 224, 224),
+    "simple_cnn": (3, 32, 32),
 }  # fmt: skip
 WITH_RECIPE = ["mnist_f1", "cifar10_shallow", "cifar100_shallow", "resnet", "wide_resnet", "alexnet"]
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'MNISTFC', 'LENET', 'CLASSES', 'IMAGENET_RESNETS', 'ALEXNET', 'ModelError', 'block', 'registered',
            'with_recipe', 'stepwise', 'mlp', 'mnistfc', 'lenet', 'small_lenet', 'allcnn', 'mnist_f1', 'cifar10_shallow',
-           'cifar100_shallow', 'NoisyReLU', 'Residual', 'residual', 'resnet', 'wide_resnet', 'alexnet', 'build']
+           'cifar100_shallow', 'NoisyReLU', 'Residual', 'residual', 'resnet', 'wide_resnet', 'alexnet', 'simple_cnn',
+           'build']
 
 # %% ../../nbs/lab/models.ipynb #212aa671
 import inspect
@@ -17,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .data import CropFlip, FileCrop, ImageSet, ResizedCrop, ScaledCrop, imagenet_normalised, scaled
+from .data import CropFlip, FileCrop, ImageSet, ResizedCrop, ScaledCrop, ShiftFlip, centred, imagenet_normalised, scaled
 from .errors import OneLineError, check_number, check_whole, no_such
 
 # %% ../../nbs/lab/models.ipynb #d8c71195
@@ -70,7 +71,7 @@ def with_recipe(
     *,
     regime: dict[int, dict] | None = None,  # epoch, from 0 -> settings that hold from then on; those of 0 name the optimizer
     prepare: Callable[[ImageSet], ImageSet] | None = None,
-    augment: CropFlip | FileCrop | None = None,  # of batches of tensors, or of image files
+    augment: CropFlip | ShiftFlip | FileCrop | None = None,  # of batches of tensors, or of image files
     quiet: Sequence[str] = (),  # glob patterns of names of parameters
     criterion: Callable | None = None,  # mean loss of (logits, labels); None: whoever trains takes the cross-entropy
 ) -> nn.Module:
@@ -449,6 +450,47 @@ def alexnet(
     lr = {epoch: value * chosen["lr_factor"] for epoch, value in {0: 0.01, 20: 1e-3, 40: 1e-4}.items()}
     regime = stepwise(lr, weight_decay=chosen["weight_decay"])
     return with_recipe(_with_scales(net, scales), regime=regime, augment=ScaledCrop(resize=256, size=224))
+
+# %% ../../nbs/lab/models.ipynb #90c2ffd5
+def _as_keras(net: nn.Module) -> nn.Module:
+    "The net with the initial weights and the normalisations of Keras 2.2, carrying what the published code does to images."
+    for part in net.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.eps, part.momentum = 1e-3, 0.01  # Keras' momentum is what stays, 0.99
+    return with_recipe(net, prepare=centred, augment=ShiftFlip())
+
+# %% ../../nbs/lab/models.ipynb #9ee880a1
+@registered
+def simple_cnn(
+    filters: int = 32,  # of the first two convolutions; the other two have twice as many. 100 in the medium net
+    kernel_size: int = 3,  # 5 in the medium net
+    dense: int = 128,  # units of the hidden layer
+    channels: int = 3,  # of the images
+    size: int = 32,  # side of the images
+    classes: int = 10,
+    batchnorm: bool = False,  # before every ReLU
+    dropout: float = 0.0,  # after the hidden layer
+) -> nn.Sequential:
+    "SimpleCNN of the code of the sharpest directions (arXiv 1807.05031)."
+    for name, value in dict(filters=filters, kernel_size=kernel_size, dense=dense, channels=channels, size=size, classes=classes).items():
+        check_whole(name, value, ModelError)
+    check_number("dropout", dropout, ModelError, "[0, 1)")
+    side = ((size - kernel_size + 1) // 2 - kernel_size + 1) // 2  # what is left of it after both poolings
+    if side < 1:
+        raise ModelError(f"nothing is left of images of {size}x{size} after simple_cnn's kernels of {kernel_size}; give it a smaller kernel_size")
+    order = "norm relu" if batchnorm else "relu"
+    return _as_keras(nn.Sequential(OrderedDict(
+        conv1=block(nn.Conv2d(channels, filters, kernel_size, padding="same"), order),
+        conv2=block(nn.Conv2d(filters, filters, kernel_size), f"{order} pool"),
+        conv3=block(nn.Conv2d(filters, 2 * filters, kernel_size, padding="same"), order),
+        conv4=block(nn.Conv2d(2 * filters, 2 * filters, kernel_size), f"{order} pool"),
+        flatten=nn.Flatten(),
+        hidden=block(nn.Linear(2 * filters * side**2, dense), f"{order} drop", dropout),
+        output=nn.Linear(dense, classes),
+    )))  # fmt: skip
 
 # %% ../../nbs/lab/models.ipynb #4ea59103
 def build(

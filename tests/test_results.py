@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run, commit, histories, load
+from flatmin_nb.lab.results import Run, commit, histories, load, load_weights
 
 
 def one_line(error) -> str:
@@ -84,11 +84,42 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
 
 
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = ["notes.txt", "epoch-of-reason.safetensors"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     (tmp_path / "below").mkdir()
-    Run(tmp_path, {}).finish(None, None)
+    run = Run(tmp_path, {})
+    for name in ("best.safetensors", "epoch-0000.safetensors", "epoch-12345.safetensors"):
+        run.save_weights(nn.Linear(2, 1).state_dict(), name)
+    run.finish(nn.Linear(2, 1), None)
     Run(tmp_path, {}, overwrite=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "below").is_dir()
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "below", *sorted(mine), "run.json"]
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "epoch-0007.safetensors"])
+def test_weights_on_the_way_are_something_to_lose(name, tmp_path):
+    run = Run(tmp_path, {"lr": 0.1})
+    run.save_weights(nn.Linear(2, 1).state_dict(), name)
+    run.close()
+    with pytest.raises(OSError, match="an unfinished run with lr = 0.1, not 0.2"):
+        Run(tmp_path, {"lr": 0.2})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(OSError, match=f"holds {name} but no run.json"):
+        Run(tmp_path, {"lr": 0.1})
+
+
+def test_weights_of_any_layout_come_back(tmp_path):
+    net, other = (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    Run(tmp_path, {}).finish(net, None)
+    load_weights(other, tmp_path / "model.safetensors")
+    assert torch.equal(net.weight, other.weight) and other.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_weights(nn.Linear(2, 1), tmp_path)
+    assert "no safetensors file" in one_line(error)
 
 
 def test_a_refused_run_does_not_hold_the_folder(tmp_path):

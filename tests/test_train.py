@@ -15,7 +15,8 @@ from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.results import Run, histories
 from flatmin_nb.lab.results import load as load_runs
-from flatmin_nb.lab.train import Callback, Diverged, evaluate, fit
+from flatmin_nb.lab.train import Best, Callback, Diverged, EarlyStopping, MonitorError, Plateau, Snapshots, evaluate, fit
+from flatmin_nb.smoothout import SmoothOut
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +277,84 @@ def test_examples_that_an_optimizer_takes_by_itself_are_paid_for(digits):
     assert same(net, train(digits)[0])
     assert result.history.gradient_evaluations.tolist() == [1.5 * step for step in result.history.step]
     assert isinstance(train(digits)[1].gradient_evaluations, int)
+
+
+class Numbers(Callback):
+    "Rows with made-up numbers."
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def row(self, loop):
+        return {"told": self.numbers[loop.step // 5]}
+
+
+def watched(images, folder, net, optimizer, *others, epochs=10):
+    "Everything that watches a column of the history, in one call of fit; the callbacks."
+    callbacks = [Best(file=True), Plateau(optimizer, "told", patience=1, reload=True), EarlyStopping("told", patience=7), Snapshots(every=1)]
+    options = dict(epochs=epochs, evaluate_every_steps=5, evaluate_every=0, save_every_steps=7, splits=("val", "test"), evaluate_first=True)
+    numbers = [9, 8, 8, 8, 7, math.nan, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]
+    result = fit(net, optimizer, images, callbacks=[Numbers(numbers), *callbacks, *others], run=Run(folder, {}), progress=False, **options)
+    return result, callbacks
+
+
+@pytest.mark.parametrize("at", [1, 17, 21, 34, 48, 63])
+def test_what_watches_the_history_survives_a_kill(digits, tmp_path, at):
+    class Killed(Callback):
+        def after_step(self, loop):
+            if loop.step == at:
+                raise KeyboardInterrupt
+
+    images, ends = scaled(load("digits", validation=0.2), centre=0, scale=255), []
+    for name in ("whole", "killed"):
+        if name == "killed":
+            net = small_net()
+            with pytest.raises(KeyboardInterrupt):
+                watched(images, tmp_path / name, net, SGD(net.parameters(), lr=0.05, momentum=0.9), Killed())
+        net = small_net()
+        result, callbacks = watched(images, tmp_path / name, net, SGD(net.parameters(), lr=0.05, momentum=0.9), Callback())
+        files = {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")}
+        ends.append((result.history.drop(columns="seconds"), files, result.stopped, callbacks[0].best_row | {"seconds": 0}, callbacks[1].state_dict()["rule"]))
+    pd.testing.assert_frame_equal(ends[0][0], ends[1][0], check_exact=True)
+    assert ends[0][1:] == ends[1][1:]
+    assert ends[0][2] == "told is no better than the 6 of step 30 for 7 rows" and ends[0][0].step.iloc[-1] == 65
+    assert sorted(ends[0][1]) == ["best.safetensors", *(f"epoch-{epoch:04d}.safetensors" for epoch in range(65 // 8 + 1)), "model.safetensors"]
+    assert ends[0][0].lr.round(12).tolist() == [0.05] * 4 + [0.005] * 5 + [5e-4] * 2 + [5e-5] * 2 + [5e-6]
+
+
+def test_a_column_that_never_has_a_number_is_said_at_the_first_row(digits):
+    for callback in (EarlyStopping(), Best(), Plateau(SGD(small_net().parameters(), lr=0.1))):
+        with pytest.raises(MonitorError, match="is never a number, as there are no val images; hold some out"):
+            train(digits, splits=("val", "test"), callbacks=[callback], evaluate_first=True)
+        with pytest.raises(MonitorError, match="no column of the history 'val_"):
+            train(digits, callbacks=[callback])
+
+
+def test_the_best_of_an_average_is_the_average(digits):
+    net, best = small_net(), Best("test_error")
+    average = AveragedModel(net)
+    _, result = train(digits, net=net, average=average, callbacks=[best])
+    best.restore(net)
+    assert evaluate(net, digits.test_images, digits.test_labels)[1] == result.history.test_error.min() == best.best_row["test_error"]
+
+
+def test_more_may_be_better(digits):
+    best, early = Best("told", mode="max"), EarlyStopping("told", patience=2, mode="max")
+    _, result = train(digits, callbacks=[Numbers([1, 5, 5, 2, 7]), best, early], evaluate_every_steps=5)
+    assert best.best_row["told"] == 5 and result.steps == 15
+
+
+def test_the_learning_rate_of_an_optimizer_inside_another(digits):
+    net = small_net()
+    optimizer = SmoothOut(SGD(net.parameters(), lr=0.1), net, a=0.01)
+    plateau = Plateau(optimizer, "told", patience=0, factor=0.5, min_lr=0.03)
+    _, result = train(digits, lambda parameters: optimizer, net=net, callbacks=[Numbers([4] * 5), plateau], evaluate_every_steps=5)
+    assert result.history.lr.tolist() == [0.1, 0.1, 0.05, 0.03]
+    assert optimizer.base.param_groups[0]["lr"] == 0.03
+
+
+def test_snapshots_need_a_run_and_epochs(digits):
+    with pytest.raises(MonitorError, match="no folder for 'epoch-0000.safetensors'; give fit a run"):
+        train(digits, callbacks=[Snapshots()])
+    with pytest.raises(MonitorError, match="every must be an integer"):
+        Snapshots(every=0.5)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOT_FINITE', 'FILES', 'UNFINISHED', 'Where', 'written_whole', 'plain', 'versions', 'device_name', 'commit',
-           'FolderError', 'claimed', 'read_record', 'refuse_to_lose', 'write_record', 'erase', 'WandbError',
+           'FolderError', 'claimed', 'files_of', 'read_record', 'refuse_to_lose', 'write_record', 'erase', 'WandbError',
            'check_wandb', 'start_wandb', 'now', 'new_record', 'resumed', 'nothing_to_lose', 'opened', 'Run',
-           'run_folders', 'tidy', 'load', 'histories']
+           'WeightsError', 'described', 'load_weights', 'run_folders', 'tidy', 'load', 'histories']
 
 # %% ../../nbs/lab/results.ipynb #e1a24047
 import glob
@@ -19,7 +19,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,8 +29,9 @@ import flatmin_nb
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from .errors import OneLineError
 
@@ -125,8 +126,13 @@ def claimed(folder: Path) -> FileLock:
     return lock
 
 # %% ../../nbs/lab/results.ipynb #058bafa3
-FILES = ("checkpoint.pt", "model.safetensors", "history.csv", "run.json")
+FILES = ("checkpoint.pt", "model.safetensors", "best.safetensors", "epoch-[0-9]*.safetensors", "history.csv", "run.json")  # patterns
 UNFINISHED = ("running", "fitted")  # a run with one of these goes on when it is called again
+
+
+def files_of(folder: Path) -> list[Path]:
+    "The files of a run that `folder` holds, the record last."
+    return [path for name in FILES for path in sorted(folder.glob(name))]
 
 
 def read_record(folder: Path) -> dict | None:
@@ -137,8 +143,8 @@ def read_record(folder: Path) -> dict | None:
         pass
     except ValueError:
         raise FolderError(f"'{folder / 'run.json'}' is not a record of a run; move it away or choose another folder") from None
-    if found := [name for name in FILES if (folder / name).exists()]:
-        raise FolderError(f"the folder '{folder}' holds {found[0]} but no run.json; move it away or choose another folder")
+    if found := files_of(folder):
+        raise FolderError(f"the folder '{folder}' holds {found[0].name} but no run.json; move it away or choose another folder")
     return None
 
 # %% ../../nbs/lab/results.ipynb #e1c78b0d
@@ -168,8 +174,8 @@ def erase(folder: Path) -> None:
     if (folder / "run.json").exists():
         write_record(folder, {"status": "replaced", "parameters": {}})
     shutil.rmtree(folder / "wandb", ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in files_of(folder):
+        path.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/results.ipynb #d156460c
 class WandbError(OneLineError, RuntimeError):
@@ -232,7 +238,7 @@ def resumed(record: dict) -> dict:
 # %% ../../nbs/lab/results.ipynb #c7d30d2c
 def nothing_to_lose(record: dict, folder: Path) -> bool:
     "Whether `record` is of a run that was being replaced, or that ended before there was a checkpoint or a result."
-    made = any((folder / name).exists() for name in FILES if name != "run.json")
+    made = any(path.name != "run.json" for path in files_of(folder))
     return record["status"] == "replaced" or record["status"] in UNFINISHED and not made
 
 
@@ -294,6 +300,12 @@ class Run:
         path = self.folder / "checkpoint.pt"
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
+    def save_weights(self, weights: Mapping[str, Tensor], name: str = "model.safetensors") -> None:
+        "Replace a file of weights, at once and whole."
+        copies = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
+        with written_whole(self.folder / name) as file:
+            file.write(save(copies))
+
     def save_history(self, history: pd.DataFrame) -> None:
         "Replace `history.csv`. Numbers are written so that they are read back exactly; no rows make no file."
         if history.empty:
@@ -320,9 +332,7 @@ class Run:
         if history is not None:
             self.save_history(history)
         if model is not None:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-            with written_whole(self.folder / "model.safetensors") as file:
-                file.write(save(weights))
+            self.save_weights(model.state_dict())
         self.note(summary=self.record["summary"] | plain(summary), ended=now(), status=status)
         if self._wandb is not None:
             self._wandb.summary.update(self.record["summary"])
@@ -337,6 +347,32 @@ class Run:
             self._wandb.finish()
             self._wandb = None
         self._lock.release(force=True)
+
+# %% ../../nbs/lab/results.ipynb #a3a75638
+class WeightsError(OneLineError, ValueError):
+    "A file of weights that cannot be read, or that is of another net."
+
+
+def described(tensor: Tensor | None) -> str:
+    "What an error says about a tensor."
+    return "nothing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def load_weights(net: nn.Module, file: Path | str) -> None:
+    "Put the weights of a safetensors file into the net; WeightsError unless they are those of this net, all of them."
+    try:
+        weights = load_file(file)
+    except FileNotFoundError:
+        raise WeightsError(f"there is no '{file}': the run kept no weights; choose another run") from None
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"'{file}' is truncated, damaged or no safetensors file ({reason}); copy it again, or choose another run") from None
+    own = net.state_dict()
+    for name in [*own, *weights]:
+        wanted, found = (described(tensors.get(name)) for tensors in (own, weights))
+        if wanted != found:
+            raise WeightsError(f"'{file}' holds the weights of another net: {name!r} is {found} in place of {wanted}; build the net that they are of")
+    net.load_state_dict(weights)
 
 # %% ../../nbs/lab/results.ipynb #c3cb7075
 Where = Path | str | Iterable[Path | str]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Parts', 'evaluate', 'ghost_batches', 'Loop', 'Callback', 'measured', 'Ledger', 'Diverged', 'largest', 'Guard',
            'tensors', 'Keeper', 'Fit', 'due', 'divergence_recorded', 'steps_shown', 'report', 'completed', 'parts_by',
-           'fit', 'RegimeError', 'regime_optimizer', 'Regime', 'Trail', 'TrailError']
+           'fit', 'RegimeError', 'regime_optimizer', 'Regime', 'MonitorError', 'Monitor', 'EarlyStopping',
+           'save_weights', 'Best', 'Plateau', 'Snapshots', 'Trail', 'TrailError']
 
 # %% ../../nbs/lab/train.ipynb #5d263595
 import math
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -81,6 +83,9 @@ class Loop:
     stopped: str = ""  # why training ends now, if a callback says so
     losses: list[Tensor] = field(default_factory=list, repr=False)  # of the present step, one per gradient evaluation
     batch: tuple[Tensor, Tensor] = field(default=(), repr=False)  # the last that was drawn
+    evaluated: nn.Module | None = field(default=None, repr=False)  # what rows measure: the model, or the average of it
+    run: Run | None = field(default=None, repr=False)
+    paused: Callable[[], AbstractContextManager] = field(default=nullcontext, repr=False)  # inside, the clock stands still
 
     @property
     def epoch(self) -> float:
@@ -405,8 +410,8 @@ def fit(
     batches = Batches(images.train_images, images.train_labels, batch_size, seed=seed, replacement=replacement, last=last, augment=augment)
     epoch, end = len(batches), epochs * len(batches)  # in steps
     parts = parts_by(ghosts, model, batches)
-    loop, ledger, guard = Loop(model, optimizer, batches, images, loss, parts, around_ghost), Ledger(device), Guard(model, device)
-    evaluated = model if average is None else average.module
+    evaluated, ledger, guard = model if average is None else average.module, Ledger(device), Guard(model, device)
+    loop = Loop(model, optimizer, batches, images, loss, parts, around_ghost, evaluated=evaluated, run=run, paused=ledger.paused)
     kept = dict(model=model, optimizer=optimizer, schedule=schedule, average=average, loop=loop, ledger=ledger)
     kept |= {f"callback {i}": callback for i, callback in enumerate(callbacks)}
     keeper = Keeper(run, {name: part for name, part in kept.items() if part is not None}, device)
@@ -536,6 +541,185 @@ class Regime:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch = state["epoch"]
         self._apply()
+
+# %% ../../nbs/lab/train.ipynb #080d4a08
+class MonitorError(OneLineError, ValueError):
+    "A column of the history that cannot be followed, or an option that means nothing there."
+
+
+class Monitor:
+    "The best row of the history so far, by one of its columns."
+
+    def __init__(
+        self,
+        column: str,  # "val_error", "val_loss", or any other that rows have
+        mode: str = "min",  # "min" where less is better, "max" where more is
+    ):
+        if mode not in ("min", "max"):
+            raise MonitorError(no_such("mode", mode, ("min", "max")))
+        self.column, self.sign, self.best, self.waited = column, 1 if mode == "min" else -1, {}, 0
+
+    def value(self, loop: Loop, row: dict[str, float]) -> float:
+        "What the row has in the column, nan included; MonitorError where no row will have a number."
+        if self.column not in row:
+            raise MonitorError(no_such("column of the history", self.column, list(row)))
+        split = self.column.rpartition("_")[0]
+        if split in ("val", "test") and not len(getattr(loop.images, f"{split}_labels")):
+            raise MonitorError(f"{self.column} is never a number, as there are no {split} images; hold some out, or follow another column")
+        return row[self.column]
+
+    def better(self, loop: Loop, row: dict[str, float]) -> bool:
+        "Whether the row is better than all before it."
+        value = self.value(loop, row)
+        if better := not math.isnan(value) and (not self.best or self.sign * value < self.sign * self.best[self.column]):
+            self.best, self.waited = dict(row), 0
+        else:
+            self.waited += not math.isnan(value)
+        return better
+
+    def state_dict(self) -> dict:
+        return {"best": dict(self.best), "waited": self.waited}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.waited = dict(state["best"]), state["waited"]
+
+# %% ../../nbs/lab/train.ipynb #f0108cf8
+class EarlyStopping(Callback):
+    "Ends training after so many rows without a better one."
+
+    def __init__(
+        self,
+        monitor: str = "val_error",  # a column of the history
+        patience: int = 200,  # rows; epochs, if there is one in each
+        mode: str = "min",  # "max" where more is better
+    ):
+        check_whole("patience", patience, MonitorError)
+        self.patience, self._monitor = patience, Monitor(monitor, mode)
+
+    def after_row(self, loop: Loop, row: dict[str, float]) -> None:
+        self._monitor.better(loop, row)
+        if self._monitor.waited >= self.patience:
+            column, best = self._monitor.column, self._monitor.best
+            loop.stopped = f"{column} is no better than the {best[column]:.6g} of step {best['step']} for {self.patience} rows"
+
+    def state_dict(self) -> dict:
+        return self._monitor.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._monitor.load_state_dict(state)
+
+# %% ../../nbs/lab/train.ipynb #0a3cb38d
+def save_weights(loop: Loop, name: str) -> None:
+    "Write the weights that rows measure into the folder of the run."
+    if loop.run is None:
+        raise MonitorError(f"there is no folder for '{name}'; give fit a run, or leave out what would write it")
+    loop.run.save_weights(loop.evaluated.state_dict(), name)
+
+
+class Best(Callback):
+    "Keeps the weights of the best row so far."
+
+    def __init__(
+        self,
+        monitor: str = "val_error",  # a column of the history
+        mode: str = "min",  # "max" where more is better
+        file: bool = False,  # write `best.safetensors` into the folder of the run too
+    ):
+        self.file, self.weights, self._monitor = file, {}, Monitor(monitor, mode)
+
+    @property
+    def best_row(self) -> dict[str, float]:
+        "Step, losses, errors and whatever else was measured at the best row; empty before there is one."
+        return self._monitor.best
+
+    def after_row(self, loop: Loop, row: dict[str, float]) -> None:
+        if self._monitor.better(loop, row):
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in loop.evaluated.state_dict().items()}
+            if self.file:
+                save_weights(loop, "best.safetensors")
+
+    def restore(self, model: nn.Module) -> None:
+        "Put the weights of the best row into `model`."
+        if not self.weights:
+            raise MonitorError(f"no row had a number in {self._monitor.column} yet, so there are no best weights; train first")
+        model.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict:
+        return {"monitor": self._monitor.state_dict(), "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._monitor.load_state_dict(state["monitor"])
+        self.weights = dict(state["weights"])
+
+# %% ../../nbs/lab/train.ipynb #ea00fcce
+class Plateau(Callback):
+    "Multiplies the learning rate when more than `patience` rows in a row were no better."
+
+    def __init__(
+        self,
+        optimizer: Optimizer,  # anything with param_groups that is one of torch's
+        monitor: str = "val_loss",  # a column of the history
+        mode: str = "min",  # "max" where more is better
+        *,
+        factor: float = 0.1,
+        patience: int = 10,  # rows
+        threshold: float = 1e-4,  # a gain of less is none; absolute, as in Keras
+        cooldown: int = 0,  # rows after a change that are not counted
+        min_lr: float = 0.0,
+        reload: bool = False,  # go back to the best weights at each change
+    ):
+        check_number("factor", factor, MonitorError, "(0, 1)")
+        check_number("threshold", threshold, MonitorError, "[0, inf)")
+        check_number("min_lr", min_lr, MonitorError, "[0, inf)")
+        check_whole("patience", patience, MonitorError, least=0)
+        check_whole("cooldown", cooldown, MonitorError, least=0)
+        self.optimizer, self._best, self._reload, self._back = optimizer, Best(monitor, mode), reload, False
+        options = dict(factor=factor, patience=patience, threshold=threshold, cooldown=cooldown, min_lr=min_lr)
+        self._rule = ReduceLROnPlateau(optimizer, mode, threshold_mode="abs", **options)
+
+    def after_row(self, loop: Loop, row: dict[str, float]) -> None:
+        value, before = self._best._monitor.value(loop, row), [group["lr"] for group in self.optimizer.param_groups]
+        if self._reload:
+            self._best.after_row(loop, row)
+        if not math.isnan(value):
+            self._rule.step(value)
+        self._back = self._reload and before != [group["lr"] for group in self.optimizer.param_groups]
+
+    def before_step(self, loop: Loop) -> None:
+        if self._back:  # not already after the row: the last one is of the weights that fit leaves
+            self._best.restore(loop.model)
+            self._back = False
+
+    def state_dict(self) -> dict:
+        return {"rule": self._rule.state_dict(), "best": self._best.state_dict(), "back": self._back}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._rule.load_state_dict(state["rule"])
+        self._best.load_state_dict(state["best"])
+        self._back = state["back"]
+
+# %% ../../nbs/lab/train.ipynb #5b5553a7
+class Snapshots(Callback):
+    "Writes `epoch-0010.safetensors` and the like: the weights before training, and after every so many epochs."
+
+    def __init__(
+        self,
+        every: int = 10,  # epochs
+    ):
+        check_whole("every", every, MonitorError)
+        self.every = every
+
+    def before_step(self, loop: Loop) -> None:
+        if loop.step == 0:
+            self._write(loop)
+
+    def after_step(self, loop: Loop) -> None:
+        if loop.step % (self.every * len(loop.batches)) == 0:
+            self._write(loop)
+
+    def _write(self, loop: Loop) -> None:
+        with loop.paused():
+            save_weights(loop, f"epoch-{loop.step // len(loop.batches):04d}.safetensors")
 
 # %% ../../nbs/lab/train.ipynb #7a11e002
 class Trail(Callback):

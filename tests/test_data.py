@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from scipy import ndimage
 
 from flatmin_nb.lab import data
-from flatmin_nb.lab.data import Batches, CropFlip, DataError, contrast_normalised, held_out, load, standardised, whitened, zca
+from flatmin_nb.lab.data import (
+    Batches, CropFlip, DataError, ShiftFlip, centred, contrast_normalised, held_out, load, permuted, standardised, whitened, zca,
+)  # fmt: skip
 from flatmin_nb.lab.errors import OneLineError
 
 
@@ -192,11 +195,51 @@ def test_splits_do_not_overlap():
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(1000))
 
 
+def test_a_permuted_split_has_every_image_once():
+    whole, split = load("digits"), load("digits", validation=0.2, seed=7, split="permuted")
+    assert (len(split.train_labels), len(split.val_labels)) == (1297 - 259, 259)
+    together = torch.cat([split.train_images, split.val_images])
+    assert torch.equal(together, whole.train_images[np.random.RandomState(7).permutation(1297)])
+    assert torch.equal(split.test_images, whole.test_images)
+    assert len(load("digits", split="permuted").val_labels) == 0
+
+
+def test_fewer_examples_leave_the_other_splits_alone():
+    for split in ("stratified", "permuted"):
+        options = dict(validation=0.1, seed=3, split=split)
+        whole, few = load("digits", **options), load("digits", **options, examples=50)
+        assert torch.equal(few.train_images, whole.train_images[:50]) and torch.equal(few.train_labels, whole.train_labels[:50])
+        assert torch.equal(few.val_images, whole.val_images)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(split="stratifed"), "did you mean 'stratified'"),
+        (dict(split=None), "no split None"),
+        (dict(examples=0), "examples"),
+        (dict(examples=1298), "1297"),
+        (dict(examples=2.5), "examples"),
+        (dict(split="permuted", validation=1e-6), "not one image"),
+        (dict(split="permuted", validation=0.9999), "at least one"),
+        (dict(split="permuted", seed=-1), "seed"),
+    ],
+)
+def test_a_split_that_cannot_be(options, said):
+    assert said in one_line(lambda: load("digits", **options))
+
+
+def test_the_order_of_the_published_split_stays():
+    "NumPy promises it of RandomState; the numbers are those that `choice` without replacement gives too."
+    kept, held = permuted(10, held=3, seed=777)
+    assert torch.cat([kept, held]).tolist() == np.random.RandomState(777).choice(10, 10, replace=False).tolist() == [2, 0, 8, 3, 4, 5, 1, 9, 6, 7]
+
+
 # ---- preprocessing
 
 
 def test_an_empty_validation_split_passes_through(recwarn):
-    for images in (standardised(load("digits")), whitened(contrast_normalised(load("digits")), cache=False)):
+    for images in (standardised(load("digits")), centred(load("digits")), whitened(contrast_normalised(load("digits")), cache=False)):
         assert images.val_images.shape == (0, 1, 8, 8) and images.val_images.dtype == torch.float32
     assert len(recwarn) == 0
 
@@ -225,7 +268,7 @@ def test_a_pass_has_no_image_twice(count, size):
 
 
 @pytest.mark.parametrize("replacement", [False, True])
-@pytest.mark.parametrize("augment", [None, CropFlip(padding=1)])
+@pytest.mark.parametrize("augment", [None, CropFlip(padding=1), ShiftFlip(shift=1.5)])
 def test_resumed_anywhere_it_goes_on_the_same(replacement, augment):
     x, y = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50)
 
@@ -289,12 +332,40 @@ def test_a_fill_for_other_channels():
     one_line(lambda: CropFlip(fill=(0.0, 1.0))(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, dtype=torch.int64)))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 9), (1, 1, 7), (3, 4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_shifts_of_oblong_images(shape, dtype):
+    images = torch.randn(6, *shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    choices = torch.from_numpy(ShiftFlip(shift=12.0).choices(6, np.random.default_rng(0)))
+    got = ShiftFlip()(images, choices)
+    assert got.dtype == dtype and got.shape == images.shape
+    for image, moved, (down, right, mirrored) in zip(images, got, choices.double().tolist()):
+        expected = ndimage.shift(image.double().numpy(), (0, down, right), order=1, mode="nearest")
+        np.testing.assert_allclose(moved.double().numpy(), expected[..., ::-1] if mirrored else expected, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_no_shift_at_all():
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    crop = ShiftFlip(shift=0.0, flip=False)
+    assert torch.equal(crop(images, torch.from_numpy(crop.choices(4, np.random.default_rng(0)))), images)
+
+
+@pytest.mark.parametrize("shift", [-1, float("nan"), float("inf"), "4", None, True])
+def test_a_bad_shift(shift):
+    one_line(lambda: ShiftFlip(shift=shift))
+
+
+def test_a_shift_of_bytes():
+    pixels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    assert "preprocessed" in one_line(lambda: Batches(pixels, torch.zeros(20), 5, augment=ShiftFlip()).draw())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_drawing_never_waits_for_the_gpu():
+@pytest.mark.parametrize("crop", [CropFlip(padding=1), ShiftFlip(shift=1.0)])
+def test_drawing_never_waits_for_the_gpu(crop):
     images = standardised(load("digits")).to("cuda")
     here = standardised(load("digits"))
-    crop = CropFlip(padding=1)
     batches = Batches(images.train_images, images.train_labels, 64, augment=crop)
     reference = Batches(here.train_images, here.train_labels, 64, augment=crop)
     drawn = []

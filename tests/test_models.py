@@ -8,14 +8,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from flatmin_nb.lab.data import CropFlip, ImageSet, ResizedCrop, ScaledCrop
+from flatmin_nb.lab.data import CropFlip, ImageSet, ResizedCrop, ScaledCrop, centred
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.models import ALEXNET, IMAGENET_RESNETS, MODELS, ModelError, NoisyReLU, build, registered, with_recipe
 
 INPUTS = {
     "mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28),
     "cifar10_shallow": (3, 32, 32), "cifar100_shallow": (3, 32, 32), "resnet": (3, 32, 32), "wide_resnet": (3, 32, 32), "alexnet": (3, 224, 224),
-    "simple_cnn": (3, 32, 32),
+    "simple_cnn": (3, 32, 32), "preactivation_resnet": (3, 32, 32), "resnet32": (3, 32, 32), "vgg11": (3, 32, 32),
 }  # fmt: skip
 WITH_RECIPE = ["mnist_f1", "cifar10_shallow", "cifar100_shallow", "resnet", "wide_resnet", "alexnet"]
 
@@ -38,9 +38,23 @@ def test_names_of_residual_parameters_stay():
     assert names[-2:] == ["output.weight", "output.bias"]
 
 
+def test_names_of_preactivation_parameters_stay():
+    names = [name for name, _ in build("resnet32", seed=0, batchnorm=True).named_parameters()]
+    assert names[:4] == ["stem.weight", "stem.bias", "stage1.0.path.norm1.weight", "stage1.0.path.norm1.bias"]
+    assert [name for name in names if name.startswith("stage2.0")] == [
+        f"stage2.0.{part}.{kind}" for part in ("path.norm1", "path.conv1", "path.norm2", "path.conv2", "shortcut") for kind in ("weight", "bias")
+    ]
+    assert names[-4:] == ["norm.weight", "norm.bias", "output.weight", "output.bias"]
+    plain = [name for name, _ in build("resnet32", seed=0).named_parameters()]
+    assert plain == [name for name in names if "norm" not in name]
+
+
 @pytest.mark.parametrize(
     ("name", "first", "total"),
-    [("mlp", "hidden1.layer.weight", -2.036250), ("mnist_f1", "hidden1.layer.weight", 15.429131), ("resnet", "stem.layer.weight", 1.936412)],
+    [
+        ("mlp", "hidden1.layer.weight", -2.036250), ("mnist_f1", "hidden1.layer.weight", 15.429131), ("resnet", "stem.layer.weight", 1.936412),
+        ("simple_cnn", "conv1.layer.weight", 0.983965), ("resnet32", "stem.weight", 0.136218),
+    ],  # fmt: skip
 )
 def test_initial_weights_stay(name, first, total):
     "The net of a seed is the same on every machine and in every later version."
@@ -82,6 +96,14 @@ def test_a_recipe_is_no_part_of_the_net(name):
     assert {key: value.shape for key, value in twin.state_dict().items()} == shapes
     assert list(net.regime)[0] == 0 and net.regime[0]["optimizer"] == "SGD" and sorted(net.regime) == list(net.regime)
     pickle.loads(pickle.dumps((net.regime, getattr(net, "prepare", None), net.augment)))  # a sweep sends them to other processes
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "resnet32", "vgg11"])
+def test_the_nets_of_the_sharpest_directions_carry_their_images(name):
+    net = pickle.loads(pickle.dumps(build(name, seed=0)))
+    assert net.prepare is centred and (net.augment.shift, net.augment.flip) == (4.0, True) and not hasattr(net, "regime")
+    assert all(norm.eps == 1e-3 and norm.momentum == 0.01 for norm in net.modules() if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)))
+    assert not any(part.bias.any() for part in net.modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
 
 
 def test_a_recipe_of_one_net_is_not_that_of_another():
@@ -267,6 +289,16 @@ def test_random_state_of_the_gpu_is_left_alone():
         ("mnist_f1", {"classes": 1.5}, "classes"),
         ("cifar10_shallow", {"dropout": -1}, "dropout"),
         ("cifar100_shallow", {"scales": None}, "None"),
+        ("simple_cnn", {"size": 8}, "smaller kernel_size"),
+        ("simple_cnn", {"filters": 0}, "filters"),
+        ("simple_cnn", {"dropout": 1}, "dropout"),
+        ("resnet32", {"scale": 0}, "scale"),
+        ("resnet32", {"depth": 20}, "no option of resnet32 called 'depth'"),
+        ("resnet32", {"dropout": -0.5}, "dropout"),
+        ("preactivation_resnet", {"depth": 33}, "32 or 38"),
+        ("vgg11", {"dropout": (0.0, 1.0)}, "the dropout of the hidden layers"),
+        ("vgg11", {"dropout": 0.5}, "dropout"),
+        ("vgg11", {"classes": 0}, "classes"),
         ("mlp", {"hidden": (3.5,)}, "hidden"),
         ("mlp", {"inputs": 0}, "inputs"),
         ("mlp", {"seed": 1.5}, "seed"),

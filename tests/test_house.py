@@ -78,7 +78,7 @@ def test_links_between_pages_resolve(notebook):
 
 def test_importing_loads_no_notebook_tools():
     modules = [name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in MODULES if path.name != "_modidx.py"]
-    heavy = {"wandb", "matplotlib", "IPython", "ipykernel", "jupyterlab", "papermill", "nbdev", "fastcore", "ray"}
+    heavy = {"wandb", "tensorboard", "matplotlib", "IPython", "ipykernel", "jupyterlab", "papermill", "nbdev", "fastcore", "ray"}
     code = f"import sys, {', '.join(modules)}; print(*({heavy!r} & sys.modules.keys()))"
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
@@ -104,7 +104,7 @@ def imported(tree: ast.Module) -> set[str]:
 def test_what_is_imported_is_required():
     required = {Requirement(line).name.lower().replace("-", "_") for line in SETTINGS["requirements"].split()}
     packages = set().union(*(imported(ast.parse(path.read_text())) for path in MODULES))
-    optional = {"wandb"}  # imported inside a function, by those who ask for them
+    optional = {"wandb", "tensorboard"}  # imported inside a function, by those who ask for them
     otherwise = {"sklearn": "scikit_learn", "PIL": "pillow"}  # what is installed under another name
     assert {otherwise.get(package, package) for package in packages} - optional <= required
 

@@ -209,6 +209,71 @@ def test_wandb_online_without_a_key_fails_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def points(folder) -> dict[str, list[tuple[int, float]]]:
+    "The curves that TensorBoard reads in a folder."
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(folder))
+    reader.Reload()
+    return {name: [(point.step, point.value) for point in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+
+
+def rows(count) -> pd.DataFrame:
+    return pd.DataFrame({"step": 8 * step, "seconds": step / 2, "val_error": 0.5 * step} for step in range(count))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, 60])
+def test_events_after_a_kill_have_each_point_once(cut, tmp_path):
+    "The process is killed while it writes its sixth row; its checkpoint knows of four."
+    whole = Run(tmp_path / "whole", {}, tensorboard=True)
+    for count in range(1, 8):
+        whole.save_history(rows(count))
+    run = Run(tmp_path / "killed", {}, tensorboard=True)
+    for count in range(1, 7):
+        run.save_history(rows(count))
+    run.save_checkpoint({"rows": 4})
+    run.close()
+    file = tmp_path / "killed" / "events.out.tfevents"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size - cut])
+    run = Run(tmp_path / "killed", {}, tensorboard=True)
+    for count in range(5, 8):
+        run.save_history(rows(count))
+    assert points(tmp_path / "killed") == points(tmp_path / "whole")
+    assert points(tmp_path / "whole")["val_error"] == [(8 * step, 0.5 * step) for step in range(7)]
+    Run(tmp_path / "killed", {}, overwrite=True)
+    assert not file.exists()
+
+
+def test_events_name_no_machine(tmp_path):
+    run = Run(tmp_path, {}, tensorboard=True)
+    run.save_history(rows(2))
+    data = (tmp_path / "events.out.tfevents").read_bytes()
+    for name in (socket.gethostname(), getpass.getuser(), str(tmp_path)):
+        assert name.encode() not in data
+    run.finish(None, rows(2))  # no row is new
+    assert (tmp_path / "events.out.tfevents").read_bytes() == data
+
+
+def test_events_of_no_rows_are_no_file(tmp_path):
+    run = Run(tmp_path, {}, tensorboard=True)
+    run.save_history(rows(2))
+    run.finish(None, pd.DataFrame([]), status="diverged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_tensorboard_is_imported_by_those_who_ask_for_it_and_may_be_missing(tmp_path):
+    script = """
+import importlib.util, sys
+import pandas as pd
+from flatmin_nb.lab.results import Run
+Run({folder!r}, {{}}).finish(None, pd.DataFrame({{"step": [1]}}))
+assert not any("tensorboard" in name for name in sys.modules)
+importlib.util.find_spec = lambda name: None
+Run({folder!r} + "-2", {{}}, tensorboard=True)
+"""
+    result = subprocess.run([sys.executable, "-c", script.format(folder=str(tmp_path / "run"))], capture_output=True, text=True)
+    assert result.stderr.strip().endswith("TensorBoardError: tensorboard = True needs the package tensorboard; install it, or give False")
+    assert not (tmp_path / "run-2").exists()
+
+
 def test_records_are_strict_json(tmp_path):
     Run(tmp_path, {"cap": float("inf")}).finish(None, None, status="diverged", test_loss=float("nan"))
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'ODD', 'PICKLES', 'RECORDED', 'SPLITS', 'MEASURES', 'MOST_DIMENSIONS', 'POINTS', 'FARTHEST', 'app',
            'images_for', 'SmoothOutError', 'strength_factor', 'Perturbed', 'SmoothOut', 'SAM', 'lr_factor', 'ToolError',
-           'refuse_other_files', 'final_record', 'described', 'load_weights', 'open_run', 'Decoded', 'examples_of',
-           'objective_of', 'one_pass', 'parameters_with_noise', 'evaluate_minimum', 'measure_sharpness', 'alpha_grid',
-           'interpolate_minima', 'picture', 'slice_minimum', 'OneLineGroup', 'writable', 'deliver', 'opened_on']
+           'refuse_other_files', 'final_record', 'open_run', 'Decoded', 'examples_of', 'objective_of', 'one_pass',
+           'parameters_with_noise', 'evaluate_minimum', 'measure_sharpness', 'alpha_grid', 'interpolate_minima',
+           'picture', 'slice_minimum', 'OneLineGroup', 'writable', 'deliver', 'opened_on']
 
 # %% ../nbs/03_smoothout.ipynb #71e20ed5
 import itertools
@@ -467,31 +467,6 @@ def final_record(folder: Path) -> dict:
         raise ToolError(f"'{folder / 'run.json'}' is not the record of a run of this page: its parameters, or its model_options, are no dictionary")
     return record
 
-# %% ../nbs/03_smoothout.ipynb #34cd6956
-def described(tensor: Tensor | None) -> str:
-    "What an error says about a tensor."
-    return "nothing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def load_weights(net: nn.Module, file: Path) -> None:
-    "Put the weights of a safetensors file into the net; ToolError unless they are those of this net, all of them."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(file)
-    except FileNotFoundError:
-        raise ToolError(f"there is no '{file}': the run kept no weights; choose another run") from None
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ToolError(f"'{file}' is truncated, damaged or no safetensors file ({reason}); copy it again, or choose another run") from None
-    own = net.state_dict()
-    for name in [*own, *weights]:
-        wanted, found = (described(tensors.get(name)) for tensors in (own, weights))
-        if wanted != found:
-            raise ToolError(f"'{file}' holds the weights of another net than run.json says: {name!r} is {found} in place of {wanted}")
-    net.load_state_dict(weights)
-
 # %% ../nbs/03_smoothout.ipynb #4ea6b349
 def open_run(
     folder: Path | str,  # of a lab.results.Run: run.json and model.safetensors
@@ -501,6 +476,7 @@ def open_run(
 ) -> tuple[nn.Module, Any, dict]:
     "The net of a run with its weights, in evaluation mode; its images, prepared and split as they were for training; and its record."
     from flatmin_nb.lab import models
+    from flatmin_nb.lab.results import load_weights
 
     folder = Path(folder)
     parameters = (record := final_record(folder))["parameters"]

@@ -419,7 +419,7 @@ def load_weights(net: nn.Module, file: Path | str) -> None:
     try:
         weights = load_file(file)
     except FileNotFoundError:
-        raise WeightsError(f"there is no '{file}': the run kept no weights; choose another run") from None
+        raise WeightsError(f"there is no '{file}': the run kept no weights of that name; choose another run") from None
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise WeightsError(f"'{file}' is truncated, damaged or no safetensors file ({reason}); copy it again, or choose another run") from None

@@ -8,9 +8,9 @@ __all__ = ['Parts', 'RANK', 'SALT', 'BASIS_BYTES', 'MORE', 'METHODS', 'Curvature
            'hessian_record', 'sandwich_record', 'loss_curvature', 'loss_slopes', 'saved_bytes', 'tensors_of', 'told',
            'streaming', 'DataOperator', 'Hessian', 'GGN', 'EmpiricalFisher', 'orthogonalised', 'Ritz', 'Krylov',
            'generator', 'random_normal', 'starting_vector', 'Eigenpairs', 'bound', 'confirmed', 'finished',
-           'top_eigenpairs', 'Estimate', 'mean_of', 'random_signs', 'sketched', 'outside', 'remainder', 'hutchinson',
-           'hutch_plus_plus', 'xtrace_samples', 'xtrace', 'begun', 'columns', 'trace', 'squared_frobenius_norm',
-           'diagonal', 'Density', 'quadrature', 'spectral_density', 'plot_density']
+           'top_eigenpairs', 'Span', 'track_eigenpairs', 'Estimate', 'mean_of', 'random_signs', 'sketched', 'outside',
+           'remainder', 'hutchinson', 'hutch_plus_plus', 'xtrace_samples', 'xtrace', 'begun', 'columns', 'trace',
+           'squared_frobenius_norm', 'diagonal', 'Density', 'quadrature', 'spectral_density', 'plot_density']
 
 # %% ../../nbs/lab/curvature.ipynb #3a508ffb
 import copy
@@ -598,6 +598,72 @@ def top_eigenpairs(
 
 
 BASIS_BYTES = 4e9
+
+# %% ../../nbs/lab/curvature.ipynb #381afbb1
+class Span:
+    "An orthonormal basis that may grow in any direction, and the products with it."
+
+    def __init__(
+        self,
+        A: Operator,
+        start: Tensor,  # [k, D], orthonormal rows
+        capacity: int,  # products that are kept
+    ):
+        self.A, self.n, self.scale = A, 0, 0.0
+        self.rounding = torch.finfo(A.dtype).eps ** 0.75  # as in Krylov
+        self.basis, self.images = (torch.empty(capacity, A.size, dtype=A.dtype, device=A.device) for _ in range(2))
+        self.T = torch.zeros(capacity, capacity, dtype=torch.float64)  # the lower triangle of A in the basis
+        for direction in start:
+            self.add(direction)
+
+    def add(self, direction: Tensor) -> None:
+        "One product more, with a unit vector orthogonal to the basis."
+        n, self.n = self.n, self.n + 1
+        self.basis[n], self.images[n] = direction, self.A @ direction
+        self.T[n, : n + 1] = (self.images[: n + 1] @ direction).double().cpu()
+        self.scale = max(self.scale, float(self.images[n].norm()))
+
+    def ritz(self, which: str, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        "The k best Ritz pairs: values [k], vectors [k, D], and A u - l u [k, D]."
+        values, Y = torch.linalg.eigh(self.T[: self.n, : self.n])
+        best = RANK[which](values).argsort(descending=True)[:k]
+        values, Y = values[best].to(self.basis), Y.T[best].to(self.basis)
+        vectors = Y @ self.basis[: self.n]
+        return values, vectors, (Y @ self.images[: self.n]).addcmul_(values[:, None], vectors, value=-1)
+
+# %% ../../nbs/lab/curvature.ipynb #5aad31e0
+def track_eigenpairs(
+    A: Operator,
+    start: Tensor,  # [D, k]: the last eigenvectors; k of them are returned
+    *,
+    which: str = "LA",  # as in top_eigenpairs
+    tolerance: float = 1e-2,  # of |A u - l u| / |l|; where all are below, no more is spent
+    max_products: int | None = None,  # None: 2 k + 1, of which k tell how stale `start` is and one confirms
+    seed: int = 0,  # of the signs that confirm
+) -> Eigenpairs:
+    "The best pairs near earlier ones, from few products (Davidson's method without a preconditioner). What `start` and its residuals do not contain is not found."
+    if not isinstance(start, Tensor) or start.ndim != 2 or len(start) != A.size or not start.isfinite().all() or not 0 < start.shape[1] <= A.size:
+        raise CurvatureError(f"start must be finite, of shape [{A.size}, k]; got {list(start.shape) if isinstance(start, Tensor) else type(start).__name__}")
+    k = start.shape[1]
+    max_products = 2 * k + 1 if max_products is None else max_products
+    check_number("tolerance", tolerance, CurvatureError, "[0, 1)")
+    check_whole("max_products", max_products, CurvatureError, least=k + 1)
+    if which not in RANK:
+        raise CurvatureError(no_such("order", which, RANK))
+    random = generator(A, seed)
+    span = Span(A, torch.linalg.qr(start.to(A.device, A.dtype)).Q.T, min(max_products - 1, A.size))
+    while True:
+        values, vectors, errors = span.ritz(which, k)
+        residuals = errors.norm(dim=1)
+        slack = bound(span, values, tolerance)
+        if span.n == len(span.basis) or (residuals <= slack).all():
+            break
+        left, _, norm = orthogonalised(errors[(residuals / slack).argmax()], span.basis[: span.n])
+        span.add(left / norm)
+    signs = torch.randint(2, values.shape, device=A.device, generator=random).mul(2).sub(1).to(vectors)
+    surprise = float((A @ (signs @ vectors) - signs @ errors - (signs * values) @ vectors).norm())
+    residuals = residuals + surprise
+    return Eigenpairs(values, vectors.T, residuals, residuals.isfinite() & (residuals <= slack), tolerance, span.n + 1, surprise)
 
 # %% ../../nbs/lab/curvature.ipynb #12659258
 @dataclass(frozen=True)

@@ -149,22 +149,23 @@ def test_minibatch_gradients_are_those_of_training(digits):
             self.full = objective.over((digits.train_images, digits.train_labels)).gradient()[1]
             return self.seen
 
-    watch = Look(sample_of(digits), k=1, batches=400)
+    watch = Look(sample_of(digits), k=1, batches=200)
     train(net_of(), digits, [watch], epochs=0)
-    spread = watch.seen.std(1).norm() / 400**0.5
+    spread = watch.seen.std(1).norm() / 200**0.5
     assert (watch.seen.mean(1) - watch.full).norm() < 1.5 * spread < 0.1 * watch.full.norm()
 
 
 def test_the_columns_are_those_of_dense_algebra_in_every_batchnorm_mode(digits):
     for batchnorm in ("running", "frozen", "batch"):
         net = noisy()
+        net[1].requires_grad_(False)
         row = train(net, digits, [watch := CurvatureWatch(sample_of(digits), k=2, batchnorm=batchnorm, batches=3, tolerance=1e-4)]).history.iloc[-1]
         objective = Objective(net, F.cross_entropy, sample_of(digits), batchnorm=batchnorm, dropout="off")
         values, vectors = torch.linalg.eigh(Hessian(objective).dense())
         assert [row.lambda_1, row.lambda_2] == pytest.approx(values[[-1, -2]].tolist(), rel=1e-4)
         full = objective.gradient()[1]
         assert row.cos_full_2 == pytest.approx(float((vectors[:, -2] @ full).abs() / full.norm()), abs=1e-2)
-        assert watch.pairs.converged.all() and row.watch_products == watch.pairs.products
+        assert row.lambda_residual < 1.1e-4 and row.watch_products == watch.pairs.products
 
 
 def test_a_loss_that_is_not_finite_is_a_divergence(digits, tmp_path):

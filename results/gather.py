@@ -2,6 +2,9 @@
 
     python results/gather.py entropy_sgd runs/mnistfc-* runs/lenet-*
     python results/gather.py smoothout runs/smoothout-f1 runs/smoothout-digits
+    python results/gather.py sharpest_directions runs/cifar10_small runs/fashion_small runs/digits
+
+A run of the sharpest directions has a third table, NAME_overshoots.csv: what steps along single directions did.
 
 Diverged runs are rows too. Two runs of one experiment and method that differ in more than the seed are refused, and so is a seed that comes twice: a mean over
 them would mean nothing.
@@ -13,10 +16,12 @@ from pathlib import Path
 import pandas as pd
 from fastcore.script import Param, call_parse
 
-from flatmin_nb.lab.results import histories, load, written_whole
+from flatmin_nb.lab.results import load, run_folders, written_whole
 
 HERE = Path(__file__).parent
 KEY = ["experiment", "method", "seed"]
+WATCHED = ["val_loss", "val_error", *(f"{kind}_{i}" for kind in ("lambda", "cos_batch", "cos_full") for i in range(1, 6)), "lambda_residual", "overlap", "distance", "edge",
+           "cos_batch_full", "cos_random", "watch_products"]  # fmt: skip
 CURVES = ["step", "epoch", "gradient_evaluations", "seconds", "lr", "train_loss", "test_loss", "test_error"]
 FACTS = ["status", "test_error", "test_loss", "gradient_evaluations", "train_seconds", "seconds", "device_name", "threads", "python", "torch", "flatmin_nb",
          "commit", "started", "ended", "resumed"]  # fmt: skip
@@ -25,12 +30,24 @@ PROTOCOL = {  # what must be the same in all runs of an experiment and method
                     "lr_milestones", "lr_decay", "outer_momentum", "l2", "dropout", "baseline_dropout", "sgd_lr", "adam_lr", "ema", "reestimate_batchnorm", "validation"],
     "smoothout": ["model", "epochs", "train_batch_size", "batch_size", "lr_rule", "stretch", "a", "s", "noise", "schedule", "antithetic", "denoise", "rho", "asam_rho",
                   "clip", "validation", "sharpness_examples"],
+    "sharpest_directions": ["model", "data_seed", "epochs", "batch_size", "lr", "lr_schedule", "momentum", "nesterov", "weight_decay", "gamma", "outside", "nudge_from", "k", "every",
+                            "sample", "mode", "directions", "refresh", "normalised", "statistics", "augment", "examples", "plateau", "stop", "look", "look_k", "look_every", "look_steps"],
 }  # fmt: skip
 MEASURED = {  # what a run came to, beyond the facts
     "entropy_sgd": [],
     "smoothout": ["val_error", "train_error", "last_test_error", "best_test_error", "validated_test_error", "distance", "passes", "keskar_1e3", "keskar_5e4", "sam_sharpness",
                   "uniform_sharpness", "filter_sharpness", "top_eigenvalue", "trace", "trace_error", "train_loss_there"],
+    "sharpest_directions": ["val_error", "val_loss", "best_test_error", "best_val_error", "clean_train_loss", "clean_train_error", "peak", "last_lambda_1", "distance", "frobenius",
+                            "frobenius_error", "frobenius_root", "best_frobenius", "best_frobenius_error", "best_frobenius_root"],
 }  # fmt: skip
+ALONG = {  # what a run wrote on its way: file, and the columns that are kept
+    "entropy_sgd": {"history": CURVES},
+    "smoothout": {"history": CURVES},
+    "sharpest_directions": {
+        "history": [column for column in CURVES if not column.startswith("test")] + WATCHED,
+        "overshoots": ["at_step", "epoch", "direction", "gradient", "factor", "loss", "change", "predicted_change"],
+    },
+}
 
 
 def refuse_a_mixture(table: pd.DataFrame, protocol: list[str]) -> None:
@@ -43,12 +60,17 @@ def refuse_a_mixture(table: pd.DataFrame, protocol: list[str]) -> None:
             sys.exit(f"{' '.join(name)}: seed {rows['seed'][rows['seed'].duplicated()].iloc[0]} comes twice; name each run once")
 
 
+def rows_of(runs: list[Path], file: str) -> pd.DataFrame:
+    "The rows of this file of every run that has it, with the name of the run."
+    return pd.concat(pd.read_csv(folder / file).assign(run=name) for name, folder in run_folders(runs).items() if (folder / file).exists())
+
+
 @call_parse
 def main(
-    name: str,  # of the notebook's tables, entropy_sgd or smoothout
+    name: str,  # of the notebook's tables: a key of PROTOCOL
     runs: Param("folders with the records, at any depth", Path, nargs="+"),
 ):
-    "Write both tables."
+    "Write the tables."
     if name not in PROTOCOL:
         sys.exit(f"no tables {name!r}; choose one of {', '.join(PROTOCOL)}")
     table = load(runs)
@@ -56,9 +78,11 @@ def main(
         sys.exit(f"there is no run in {' '.join(map(str, runs))}; give folders that papermill wrote with -p out")
     table = table[table["status"].isin(["fitted", "finished", "diverged"])]  # fitted: trained to the end, its notebook not
     refuse_a_mixture(table, PROTOCOL[name])
-    curves = histories(runs).merge(table[["run", *KEY]], on="run")
     columns = [*KEY, *FACTS, *MEASURED[name], *PROTOCOL[name]]
-    frames = {name: table.reindex(columns=columns).sort_values(KEY), f"{name}_curves": curves[[*KEY, *CURVES]].sort_values([*KEY, "step"])}
+    frames = {name: table.reindex(columns=columns).sort_values(KEY)}
+    for part, kept in ALONG[name].items():
+        rows = rows_of(runs, f"{part}.csv").merge(table[["run", *KEY]], on="run")
+        frames[f"{name}_{'curves' if part == 'history' else part}"] = rows.reindex(columns=[*KEY, *kept]).sort_values([*KEY, kept[0]], kind="stable")
     for title, frame in frames.items():
         with written_whole(HERE / f"{title}.csv") as file:
             frame.round(6).to_csv(file, index=False)

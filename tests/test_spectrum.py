@@ -16,6 +16,7 @@ from flatmin_nb.lab.curvature import (
     squared_frobenius_norm,
     top_eigenpairs,
     trace,
+    track_eigenpairs,
 )
 from flatmin_nb.lab.data import load
 from flatmin_nb.lab.models import mlp
@@ -353,3 +354,95 @@ def test_a_trace_beyond_the_rank_of_rounding():
     assert estimate.standard_error > 0
     assert abs(estimate.value - 10_002) < 4 * estimate.standard_error + 0.01
     assert estimate.products == A.products
+
+
+# ---- tracking
+
+
+def moved(A, by=0.05, seed=1):
+    "A matrix near another one."
+    change = normal(A.size, A.size, seed=seed)
+    return Counted(A.matrix + by * A.matrix.abs().max() * ((change + change.T) / A.size).to(A.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_tracked_pairs_are_orthonormal_with_true_residuals_and_counted_products(name, which, dtype):
+    A = with_spectrum(SPECTRA[name].to(dtype))
+    B = moved(A)
+    pairs = track_eigenpairs(B, top_eigenpairs(A, k=4, which=which).vectors, which=which, max_products=15)
+    assert pairs.products == B.products <= 15
+    scale = B.matrix.abs().max()
+    true = true_residuals(B.matrix, pairs)
+    assert (true <= pairs.residuals + 1e-5 * scale).all() and (pairs.residuals <= 1.01 * true + 1e-5 * scale).all()
+    assert (true <= torch.maximum(1e-2 * pairs.values.abs(), 1e-4 * scale))[pairs.converged].all()
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(4, dtype=dtype), atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tracking_with_products_enough_finds_what_lanczos_finds(seed):
+    A = with_spectrum(SPECTRA["outliers on a bulk"].double(), seed)
+    B = moved(A, seed=seed + 1)
+    tracked = track_eigenpairs(B, top_eigenpairs(A, k=5).vectors, tolerance=1e-6, max_products=200)
+    assert tracked.converged.all()
+    torch.testing.assert_close(tracked.values, torch.linalg.eigvalsh(B.matrix).flip(0)[:5], atol=1e-9, rtol=0)
+
+
+def test_with_k_and_one_products_the_span_stays_and_only_its_pairs_are_found():
+    A = moved(with_spectrum(SPECTRA["no gap"].double()))
+    start = torch.linalg.qr(normal(A.size, 4)).Q
+    pairs = track_eigenpairs(A, start, max_products=5)
+    torch.testing.assert_close(pairs.vectors @ pairs.vectors.T, start @ start.T, atol=1e-12, rtol=0)
+    torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(start.T @ A.matrix @ start).flip(0), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["noise", "skew"])
+def test_an_operator_that_is_no_symmetric_matrix_is_never_called_converged(change):
+    A = with_spectrum(SPECTRA["outliers on a bulk"].double())
+    random, skew = torch.Generator().manual_seed(0), torch.triu(normal(A.size, A.size)) / A.size
+    noise = lambda product, v: product + 1e-2 * product.norm() * torch.randn(A.size, dtype=torch.float64, generator=random) / A.size**0.5
+    B = Counted(A.matrix, noise if change == "noise" else lambda product, v: product + (skew - skew.T) @ v)
+    assert not track_eigenpairs(B, top_eigenpairs(A, k=4).vectors, tolerance=1e-4, max_products=60).converged.any()
+
+
+def test_a_start_of_too_few_directions_and_a_space_that_is_all():
+    A = with_spectrum(torch.arange(1.0, 9.0).double())
+    same = normal(8, 1).expand(8, 3)
+    assert track_eigenpairs(A, same, max_products=50).converged.all()
+    assert track_eigenpairs(A, torch.zeros(8, 2), max_products=50).converged.all()
+    whole = track_eigenpairs(A, normal(8, 8))
+    torch.testing.assert_close(whole.values, torch.arange(8.0, 0, -1).double(), atol=1e-12, rtol=0)
+    assert whole.products == 9 and whole.converged.all()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(start=torch.ones(5)), r"start must be finite, of shape \[8, k\]; got \[5\]"),
+        (dict(start=torch.ones(8)), r"of shape \[8, k\]; got \[8\]"),
+        (dict(start=torch.ones(8, 9)), r"of shape \[8, k\]; got \[8, 9\]"),
+        (dict(start=torch.full((8, 2), torch.nan)), "start must be finite"),
+        (dict(start=[1.0] * 8), "got list"),
+        (dict(start=torch.ones(8, 2), max_products=2), "max_products"),
+        (dict(start=torch.ones(8, 2), tolerance=1.0), "tolerance"),
+        (dict(start=torch.ones(8, 2), which="top"), "no order 'top'"),
+    ],
+)
+def test_what_cannot_be_tracked_is_said_in_one_line(arguments, words):
+    with pytest.raises(CurvatureError, match=words) as caught:
+        track_eigenpairs(with_spectrum(torch.arange(1.0, 9.0).double()), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_net_is_tracked_over_a_step():
+    images = load("digits")
+    x, y = images.train_images[:200].double() / 16, images.train_labels[:200]
+    net = mlp(inputs=64, hidden=(16,)).double()
+    old = top_eigenpairs(Hessian(net, F.cross_entropy, (x, y)), k=3).vectors
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    H = Hessian(net, F.cross_entropy, (x, y))
+    pairs = track_eigenpairs(H, old, tolerance=1e-4, max_products=300)
+    torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(H.dense()).flip(0)[:3], rtol=1e-6, atol=0)

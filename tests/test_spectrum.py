@@ -397,13 +397,10 @@ def test_with_k_and_one_products_the_span_stays_and_only_its_pairs_are_found():
     torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(start.T @ A.matrix @ start).flip(0), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("change", ["noise", "skew"])
-def test_an_operator_that_is_no_symmetric_matrix_is_never_called_converged(change):
-    A = with_spectrum(SPECTRA["outliers on a bulk"].double())
-    random, skew = torch.Generator().manual_seed(0), torch.triu(normal(A.size, A.size)) / A.size
+def test_an_operator_that_is_not_the_same_twice_is_never_called_converged_when_tracked():
+    A, random = with_spectrum(SPECTRA["outliers on a bulk"].double()), torch.Generator().manual_seed(0)
     noise = lambda product, v: product + 1e-2 * product.norm() * torch.randn(A.size, dtype=torch.float64, generator=random) / A.size**0.5
-    B = Counted(A.matrix, noise if change == "noise" else lambda product, v: product + (skew - skew.T) @ v)
-    assert not track_eigenpairs(B, top_eigenpairs(A, k=4).vectors, tolerance=1e-4, max_products=60).converged.any()
+    assert not track_eigenpairs(Counted(A.matrix, noise), top_eigenpairs(A, k=4).vectors, tolerance=1e-4, max_products=60).converged.any()
 
 
 def test_a_start_of_too_few_directions_and_a_space_that_is_all():

@@ -11,6 +11,7 @@ from flatmin_nb.lab.curvature import (
     Dense,
     Hessian,
     Operator,
+    Overflow,
     diagonal,
     spectral_density,
     squared_frobenius_norm,
@@ -443,3 +444,35 @@ def test_a_net_is_tracked_over_a_step():
     H = Hessian(net, F.cross_entropy, (x, y))
     pairs = track_eigenpairs(H, old, tolerance=1e-4, max_products=300)
     torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(H.dense()).flip(0)[:3], rtol=1e-6, atol=0)
+
+
+# ---- numbers too large, and precisions too small ----
+
+@pytest.mark.parametrize("find", [top_eigenpairs, lambda A, k: track_eigenpairs(A, normal(A.size, k, dtype=A.dtype))], ids=["found", "tracked"])
+def test_products_too_large_to_square_are_an_overflow_and_too_small_ones_are_not(find):
+    eigenvalues = torch.arange(1.0, 9.0)
+    with pytest.raises(Overflow, match="whose squares torch.float32 cannot hold"):
+        find(with_spectrum(eigenvalues * 1e19), k=2)
+    with pytest.raises(CurvatureError, match="whose squares torch.float32 cannot hold") as trouble:
+        find(with_spectrum(eigenvalues * 1e-22), k=2)
+    assert not isinstance(trouble.value, ArithmeticError)
+    assert find(with_spectrum((eigenvalues * 1e19).double()), k=2).values.isfinite().all()
+
+
+def test_products_that_are_not_numbers_and_a_gradient_that_is_none_are_an_overflow():
+    A = with_spectrum(torch.arange(1.0, 9.0))
+    with pytest.raises(Overflow, match="the product is not finite at component 0"):
+        Counted(A.matrix, lambda product, vector: product / 0) @ torch.ones(8)
+    A.gradient = torch.full((8,), torch.inf)
+    with pytest.raises(Overflow, match="the gradient is not finite"):
+        top_eigenpairs(A, k=2)
+    with pytest.raises(CurvatureError, match="the vector holds numbers that are not finite") as trouble:
+        A @ A.gradient
+    assert not isinstance(trouble.value, Overflow)  # that is a mistake, and no divergence
+
+
+def test_pairs_are_tracked_in_bfloat16():
+    eigenvalues = torch.tensor([8.0, 4.0, 1.0, 0.5, 0.0, -1.0])
+    A, exact = with_spectrum(eigenvalues.bfloat16()), with_spectrum(eigenvalues.double())
+    pairs = track_eigenpairs(A, torch.linalg.eigh(exact.matrix).eigenvectors.flip(1)[:, :2], max_products=6)
+    assert pairs.values.dtype == torch.bfloat16 and pairs.values.tolist() == pytest.approx([8, 4], rel=0.03)

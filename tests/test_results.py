@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run, commit, histories, load, load_weights
+from flatmin_nb.lab.results import FolderError, Run, commit, histories, load, load_weights
 
 
 def one_line(error) -> str:
@@ -328,3 +328,16 @@ def test_the_commit_of_code_without_git_is_what_the_environment_says(tmp_path, m
     assert commit(file) == "0123abc"
     monkeypatch.setenv("PATH", str(tmp_path))  # git is not even installed
     assert commit(file) == "0123abc"
+
+
+def test_a_history_without_a_checkpoint_stops_no_other_run(tmp_path):
+    "What is left of a run that was refused at its first row: the corrected command may use the folder."
+    first = Run(tmp_path / "run", {"plateau": "val_los"})
+    first.save_history(pd.DataFrame({"step": [0], "val_loss": [1.0]}))
+    first.close()
+    again = Run(tmp_path / "run", {"plateau": "val_loss"})
+    assert again.status == "running" and not (tmp_path / "run" / "history.csv").exists()
+    again.save_checkpoint({"step": 1})
+    again.close()
+    with pytest.raises(FolderError, match="holds an unfinished run with plateau = val_loss"):
+        Run(tmp_path / "run", {"plateau": "other"})

@@ -287,7 +287,7 @@ def resumed(record: dict) -> dict:
 # %% ../../nbs/lab/results.ipynb #c7d30d2c
 def nothing_to_lose(record: dict, folder: Path) -> bool:
     "Whether `record` is of a run that was being replaced, or that ended before there was a checkpoint or a result."
-    made = any(path.name != "run.json" for path in files_of(folder))
+    made = any(path.name not in ("run.json", "history.csv", EVENTS) for path in files_of(folder))  # a history alone cannot be gone on with
     return record["status"] == "replaced" or record["status"] in UNFINISHED and not made
 
 

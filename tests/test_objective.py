@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from flatmin_nb.lab.objective import Objective, ObjectiveError
+from flatmin_nb.lab.curvature import GGN, Hessian, spectral_density, top_eigenpairs, trace, track_eigenpairs
+from flatmin_nb.lab.objective import Objective, ObjectiveError, chosen_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(50, 6, generator=GENERATOR), torch.randint(3, (50,), generator=GENERATOR)
@@ -426,3 +427,79 @@ def test_a_loader_is_read_twice_to_begin_with_and_once_a_pass():
 def test_a_lazy_layer_wants_a_batch_first():
     with pytest.raises(ObjectiveError, match="run one batch through the model first"):
         Objective(nn.Sequential(nn.LazyLinear(3)), F.cross_entropy, (X, Y))
+
+
+# ---- names, kept activations, autocast ----
+
+class Named(nn.Module):
+    "Parameters whose names look like patterns."
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "which, found", [("w[1]", ["w[1]"]), (["w[1]"], ["w[1]"]), ("w*", ["w*"]), ("w[12]", ["w1"]), (["w?", "w[1]"], ["w1", "w[1]", "w*"])]
+)
+def test_a_name_is_a_name_before_it_is_a_pattern(which, found):
+    assert list(chosen_parameters(Named("w1", "w[1]", "w*"), which)) == found
+
+
+class Keeps(nn.Module):
+    "A net that keeps what it computed, where one likes to look at it."
+
+    def __init__(self, put):
+        super().__init__()
+        self.layer, self.put = nn.Linear(6, 3), put
+        self.kept = self.same = None
+
+    def forward(self, x):
+        out = self.layer(x)
+        self.kept = self.same = self.put(out)
+        return out
+
+
+class Holder:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("put", [lambda a: {"out": a}, lambda a: [a], lambda a: (a, {"deep": [a]}), lambda a: {"mapped": {1: (a, a)}}], ids=["dict", "list", "tuple", "deep"])
+def test_a_model_that_keeps_activations_in_a_collection_is_measured(put):
+    model = Keeps(put)
+    model(X)
+    kept = model.kept
+    objective = Objective(model, F.cross_entropy, (X, Y))
+    assert objective.value == pytest.approx(F.cross_entropy(model.layer(X), Y).item(), rel=1e-5)
+    assert model.kept is kept and objective.at(2 * objective.weights).value != objective.value
+    assert Hessian(objective).dense().isfinite().all()
+
+
+def test_a_model_that_keeps_activations_in_an_object_is_refused_in_one_line():
+    model = Keeps(Holder)
+    model(X)
+    with pytest.raises(ObjectiveError, match="cannot be copied, since an object in its attributes keeps a tensor"):
+        Objective(model, F.cross_entropy, (X, Y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measurements_inside_autocast_are_those_outside(dtype):
+    model = net(nn.BatchNorm1d(8), nn.Tanh()).to(dtype)
+
+    def measurements():
+        one = Objective(model, F.cross_entropy, (X.to(dtype), Y), batchnorm="frozen", weight_decay=1e-3)
+        hessian, pairs = Hessian(one), None
+        yield from (one.value, one.loss(2 * one.weights), *one.evaluate(), *one.gradient(), one.at(2 * one.weights).value, one.over((X[:9].to(dtype), Y[:9])).value)
+        yield from (hessian.dense(), hessian.gradient, GGN(one).dense(), Hessian(one, plan="streamed") @ one.weights)
+        pairs = top_eigenpairs(hessian, 2)
+        tracked = track_eigenpairs(hessian, pairs.vectors + 0.1, max_products=9)
+        yield from (pairs.values, pairs.vectors, tracked.values, trace(hessian, products=9).value, spectral_density(hessian, steps=8, vectors=2).nodes)
+
+    outside = list(measurements())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (X @ X.T).dtype == torch.bfloat16
+        inside = list(measurements())
+    for one, two in zip(outside, inside, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(two))

@@ -476,3 +476,11 @@ def test_pairs_are_tracked_in_bfloat16():
     A, exact = with_spectrum(eigenvalues.bfloat16()), with_spectrum(eigenvalues.double())
     pairs = track_eigenpairs(A, torch.linalg.eigh(exact.matrix).eigenvectors.flip(1)[:, :2], max_products=6)
     assert pairs.values.dtype == torch.bfloat16 and pairs.values.tolist() == pytest.approx([8, 4], rel=0.03)
+
+
+def test_more_pairs_than_the_usual_number_of_products():
+    def begun(product, vector):
+        raise InterruptedError("its arguments were good")
+
+    with pytest.raises(InterruptedError):
+        top_eigenpairs(Counted(torch.eye(600), begun), k=550)

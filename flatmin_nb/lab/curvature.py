@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from .errors import OneLineError, check_number, check_whole, no_such
-from .objective import Batch, Objective, as_objective, copied, mapped
+from .objective import Batch, Objective, as_objective, copied, mapped, own_precision
 from .second_derivatives import channels_last_agrees, full_precision, twice_differentiable
 
 # %% ../../nbs/lab/curvature.ipynb #130a7684
@@ -65,6 +65,7 @@ class Operator:
         "What component `index` of a vector belongs to."
         return f"component {index}"
 
+    @own_precision()
     def __matmul__(
         self,
         other: Tensor,  # [D] or [D, k]
@@ -275,6 +276,7 @@ class DataOperator(Operator):
     record: Callable[[Objective, Mapping[str, Tensor], Batch], Record]  # of one batch
 
     @torch.inference_mode(False)
+    @own_precision()
     def __init__(
         self,
         model: nn.Module | Objective,
@@ -576,6 +578,7 @@ def finished(krylov: Krylov, which: str, k: int, tolerance: float) -> bool:
     return bool(left.residuals[0] <= slack and RANK[which](left.values)[0] <= RANK[which](ritz.values)[k - 1] + slack)
 
 # %% ../../nbs/lab/curvature.ipynb #805be0df
+@own_precision()
 def top_eigenpairs(
     A: Operator,  # a Hessian, say; of one's own, a class with _multiply
     k: int = 5,  # how many
@@ -585,14 +588,15 @@ def top_eigenpairs(
     start: Tensor | None = None,  # [D] or [D, m]: earlier eigenvectors; None: A.gradient, or random where there is none
     seed: int = 0,
     basis: int | None = None,  # vectors kept, then restart; None: max(60, 4 k), or what fits in 4 GB
-    max_products: int = 500,  # then what there is, with its flags
+    max_products: int | None = None,  # then what there is, with its flags; None: 500, or 5 k where that is more
 ) -> Eigenpairs:
     "Restarted Lanczos with full reorthogonalisation on A's device. Values equal, or closer than the tolerance, may be found once; a smaller tolerance looks closer."
     check_whole("k", k, CurvatureError)
     check_number("tolerance", tolerance, CurvatureError, "[0, 1)")
-    check_whole("max_products", max_products, CurvatureError, least=k + 1)
     if k > A.size:
         raise CurvatureError(f"k must be at most the size of the operator; got {k} eigenpairs of an operator of size {A.size}")
+    max_products = max(500, 5 * k) if max_products is None else max_products
+    check_whole("max_products", max_products, CurvatureError, least=k + 1)
     if which not in RANK:
         raise CurvatureError(no_such("order", which, RANK))
     fits = int(BASIS_BYTES // (A.size * torch.finfo(A.dtype).bits // 8)) - 1
@@ -644,6 +648,7 @@ class Span:
         return values, vectors, (Y @ self.images[: self.n]).addcmul_(values[:, None], vectors, value=-1)
 
 # %% ../../nbs/lab/curvature.ipynb #5aad31e0
+@own_precision()
 def track_eigenpairs(
     A: Operator,
     start: Tensor,  # [D, k]: the last eigenvectors; k of them are returned
@@ -785,6 +790,7 @@ def columns(A: Operator) -> Iterator[Tensor]:
         yield A @ unit
 
 
+@own_precision()
 def trace(
     A: Operator,
     *,
@@ -800,6 +806,7 @@ def trace(
     return Estimate(value, error, A.products - before)
 
 # %% ../../nbs/lab/curvature.ipynb #5f48fbb1
+@own_precision()
 def squared_frobenius_norm(
     A: Operator,
     *,
@@ -816,6 +823,7 @@ def squared_frobenius_norm(
     return Estimate(AQ.double().square().sum().item() + value, error, products)
 
 # %% ../../nbs/lab/curvature.ipynb #c851cd0b
+@own_precision()
 def diagonal(
     A: Operator,
     *,
@@ -896,6 +904,7 @@ def quadrature(A: Operator, start: Tensor, steps: int, random: torch.Generator) 
     return torch.cat([ritz.values, ritz.values[-1:].expand(missing)]), weights, krylov.n
 
 
+@own_precision()
 def spectral_density(
     A: Operator,
     *,

@@ -235,6 +235,14 @@ def test_the_order_of_the_published_split_stays():
     assert torch.cat([kept, held]).tolist() == np.random.RandomState(777).choice(10, 10, replace=False).tolist() == [2, 0, 8, 3, 4, 5, 1, 9, 6, 7]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((10, 2.5, 0), "held"), ((10, -1, 0), "held"), ((10.0, 1, 0), "count"), ((10, 1, -1), "seed"), ((10, 1, "0"), "seed"), ((0, 0, 0), "at least one")],
+)
+def test_a_permutation_that_cannot_be(arguments, said):
+    assert said in one_line(lambda: permuted(*arguments))
+
+
 # ---- preprocessing
 
 
@@ -353,6 +361,21 @@ def test_no_shift_at_all():
 @pytest.mark.parametrize("shift", [-1, float("nan"), float("inf"), "4", None, True])
 def test_a_bad_shift(shift):
     one_line(lambda: ShiftFlip(shift=shift))
+
+
+@pytest.mark.parametrize("flip", ["no", 1, None])
+def test_a_flip_that_is_no_answer(flip):
+    assert "flip must be True or False" in one_line(lambda: ShiftFlip(flip=flip))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shifts_in_half_precision_are_rounded_once(dtype):
+    "An image of 224 pixels: in half precision neighbouring pixels would have the same place in the grid."
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(dtype)
+    choices = torch.from_numpy(ShiftFlip(shift=28.0).choices(2, np.random.default_rng(0)))
+    got, exact = ShiftFlip()(images, choices), ShiftFlip()(images.double(), choices)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_a_shift_of_bytes():

@@ -10,7 +10,7 @@ from torch import nn
 
 from flatmin_nb.lab.data import CropFlip, ImageSet, ResizedCrop, ScaledCrop, centred
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.models import ALEXNET, IMAGENET_RESNETS, MODELS, ModelError, NoisyReLU, build, registered, with_recipe
+from flatmin_nb.lab.models import ALEXNET, IMAGENET_RESNETS, MODELS, ModelError, NoisyReLU, build, preactivation, registered, with_recipe
 
 INPUTS = {
     "mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28),
@@ -104,6 +104,26 @@ def test_the_nets_of_the_sharpest_directions_carry_their_images(name):
     assert net.prepare is centred and (net.augment.shift, net.augment.flip) == (4.0, True) and not hasattr(net, "regime")
     assert all(norm.eps == 1e-3 and norm.momentum == 0.01 for norm in net.modules() if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)))
     assert not any(part.bias.any() for part in net.modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+
+
+def test_images_are_shifted_by_an_eighth_of_their_side():
+    "Keras multiplies the published range, 0.125, by the side: 3.5 pixels of Fashion-MNIST's 28."
+    assert build("simple_cnn", seed=0, channels=1, size=28).augment.shift == 3.5
+    assert build("simple_cnn", seed=0, channels=1, size=8, kernel_size=2).augment.shift == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(before=4, width=6), "got 4 and 6; make them equal, or give stride=2"),
+        (dict(before=4, width=4, stride=3), "must be 1 or 2; got 3"),
+        (dict(before=4, width=4, stride="2"), "must be 1 or 2; got '2'"),
+        (dict(before=4, width=4, batchnorm="no"), "batchnorm must be True or False; got 'no'"),
+    ],
+)
+def test_preactivation_blocks_that_cannot_be(options, said):
+    with pytest.raises(ModelError, match=said):
+        preactivation(**options)
 
 
 def test_a_recipe_of_one_net_is_not_that_of_another():
@@ -290,6 +310,10 @@ def test_random_state_of_the_gpu_is_left_alone():
         ("cifar10_shallow", {"dropout": -1}, "dropout"),
         ("cifar100_shallow", {"scales": None}, "None"),
         ("simple_cnn", {"size": 8}, "smaller kernel_size"),
+        ("simple_cnn", {"size": 2, "kernel_size": 1}, "or larger images"),
+        ("simple_cnn", {"batchnorm": "no"}, "batchnorm must be True or False"),
+        ("resnet32", {"batchnorm": 1}, "batchnorm must be True or False"),
+        ("vgg11", {"batchnorm": None}, "batchnorm must be True or False"),
         ("simple_cnn", {"filters": 0}, "filters"),
         ("simple_cnn", {"dropout": 1}, "dropout"),
         ("resnet32", {"scale": 0}, "scale"),

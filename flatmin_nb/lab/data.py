@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from .errors import OneLineError, check_number, check_whole, no_such
+from .errors import OneLineError, check_flag, check_number, check_whole, no_such
 
 # %% ../../nbs/lab/data.ipynb #dd7830b3
 class DataError(OneLineError, ValueError):
@@ -93,7 +93,10 @@ def permuted(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Indices of a random permutation of `count` images: all but the last `held`, which train, and these, which are held out."
-    if not 0 <= held < count:
+    check_whole("count", count, DataError, least=0)
+    check_whole("held", held, DataError, least=0)
+    check_whole("seed", seed, DataError, least=0)
+    if held >= count:
         raise DataError(f"cannot hold out {held} of {count} images: at least one must be left to train on")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(count))
     return order[: count - held], order[count - held :]
@@ -502,10 +505,11 @@ class ShiftFlip:
 
     def __init__(
         self,
-        shift: float = 4.0,  # pixels, at most, up or down and to either side
+        shift: float = 4.0,  # pixels, at most, up or down and to either side: an eighth of 32, as published
         flip: bool = True,  # mirror left and right with probability 1/2
     ):
         check_number("shift", shift, DataError, "[0, inf)")
+        check_flag("flip", flip, DataError)
         self.shift, self.flip = shift, flip
 
     def choices(self, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -522,13 +526,14 @@ class ShiftFlip:
         "The images, shifted and mirrored as `choices` says, [B, C, H, W]."
         if not images.is_floating_point():
             raise DataError(f"ShiftFlip interpolates between values and takes preprocessed images, of floating point; got {images.dtype}")
-        (height, width), like = images.shape[2:], dict(dtype=images.dtype, device=images.device)
-        down, right, mirrored = choices.to(images.dtype).view(-1, 3, 1).unbind(1)
+        values = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images  # half precision knows no place between two pixels
+        (height, width), like = images.shape[2:], dict(dtype=values.dtype, device=images.device)
+        down, right, mirrored = choices.to(values.dtype).view(-1, 3, 1).unbind(1)
         row, column = torch.arange(height, **like), torch.arange(width, **like)
         column = torch.where(mirrored > 0, column.flip(0), column)
         y, x = (2 * (row - down) + 1) / height - 1, (2 * (column - right) + 1) / width - 1  # grid_sample's units: edges at -1 and 1
         places = torch.stack([x[:, None].expand(-1, height, -1), y[..., None].expand(-1, -1, width)], dim=3)
-        return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+        return F.grid_sample(values, places, mode="bilinear", padding_mode="border", align_corners=False).to(images.dtype)
 
 # %% ../../nbs/lab/data.ipynb #2c24f525
 class FileCrop:

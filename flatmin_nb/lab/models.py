@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .data import CropFlip, FileCrop, ImageSet, ResizedCrop, ScaledCrop, ShiftFlip, centred, imagenet_normalised, scaled
-from .errors import OneLineError, check_number, check_whole, no_such
+from .errors import OneLineError, check_flag, check_number, check_whole, no_such
 
 # %% ../../nbs/lab/models.ipynb #d8c71195
 class ModelError(OneLineError, ValueError):
@@ -452,7 +452,10 @@ def alexnet(
     return with_recipe(_with_scales(net, scales), regime=regime, augment=ScaledCrop(resize=256, size=224))
 
 # %% ../../nbs/lab/models.ipynb #90c2ffd5
-def _as_keras(net: nn.Module) -> nn.Module:
+def _as_keras(
+    net: nn.Module,
+    size: int = 32,  # side of its images
+) -> nn.Module:
     "The net with the initial weights and the normalisations of Keras 2.2, carrying what the published code does to images."
     for part in net.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
@@ -460,7 +463,7 @@ def _as_keras(net: nn.Module) -> nn.Module:
             nn.init.zeros_(part.bias)
         elif isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
             part.eps, part.momentum = 1e-3, 0.01  # Keras' momentum is what stays, 0.99
-    return with_recipe(net, prepare=centred, augment=ShiftFlip())
+    return with_recipe(net, prepare=centred, augment=ShiftFlip(size / 8))
 
 # %% ../../nbs/lab/models.ipynb #9ee880a1
 @registered
@@ -477,10 +480,11 @@ def simple_cnn(
     "SimpleCNN of the code of the sharpest directions (arXiv 1807.05031)."
     for name, value in dict(filters=filters, kernel_size=kernel_size, dense=dense, channels=channels, size=size, classes=classes).items():
         check_whole(name, value, ModelError)
+    check_flag("batchnorm", batchnorm, ModelError)
     check_number("dropout", dropout, ModelError, "[0, 1)")
     side = ((size - kernel_size + 1) // 2 - kernel_size + 1) // 2  # what is left of it after both poolings
     if side < 1:
-        raise ModelError(f"nothing is left of images of {size}x{size} after simple_cnn's kernels of {kernel_size}; give it a smaller kernel_size")
+        raise ModelError(f"nothing is left of images of {size}x{size} after simple_cnn's kernels of {kernel_size}; give it a smaller kernel_size, or larger images")
     order = "norm relu" if batchnorm else "relu"
     return _as_keras(nn.Sequential(OrderedDict(
         conv1=block(nn.Conv2d(channels, filters, kernel_size, padding="same"), order),
@@ -490,7 +494,7 @@ def simple_cnn(
         flatten=nn.Flatten(),
         hidden=block(nn.Linear(2 * filters * side**2, dense), f"{order} drop", dropout),
         output=nn.Linear(dense, classes),
-    )))  # fmt: skip
+    )), size)  # fmt: skip
 
 # %% ../../nbs/lab/models.ipynb #e55af28f
 def preactivation(
@@ -501,6 +505,11 @@ def preactivation(
     dropout: float = 0.0,  # before the second convolution
 ) -> Residual:
     "A residual block of full pre-activation (arXiv 1603.05027, figure 4e), padded as Keras pads: x + conv(relu(conv(relu(x))))."
+    check_flag("batchnorm", batchnorm, ModelError)
+    if stride not in (1, 2):
+        raise ModelError(f"the stride of a pre-activation block must be 1 or 2; got {stride!r}")
+    if stride == 1 and before != width:
+        raise ModelError(f"a pre-activation block of stride 1 adds its input to its output, so both have as many channels; got {before} and {width}; make them equal, or give stride=2")
     norm = nn.BatchNorm2d if batchnorm else nn.Identity  # an Identity takes any argument
     halves = stride == 2
     path = nn.Sequential(OrderedDict(
@@ -541,6 +550,7 @@ def preactivation_resnet(
 ) -> nn.Sequential:
     "The residual nets of the code of the sharpest directions (arXiv 1807.05031), for 32x32 images of three channels."
     check_whole("classes", classes, ModelError)
+    check_flag("batchnorm", batchnorm, ModelError)
     check_number("scale", scale, ModelError, "(0, inf)")
     check_number("dropout", dropout, ModelError, "[0, 1)")
     count = _blocks("preactivation_resnet", depth, offset=2)
@@ -572,6 +582,7 @@ def vgg11(
 ) -> nn.Sequential:
     "VGG-11 of the code of the sharpest directions (arXiv 1807.05031), for 32x32 images of three channels."
     check_whole("classes", classes, ModelError)
+    check_flag("batchnorm", batchnorm, ModelError)
     if not isinstance(dropout, Sequence) or len(dropout) != 2:
         raise ModelError(f"the dropout of vgg11 is two numbers, after convolutions and before hidden layers, (0.0, 0.5); got {dropout!r}")
     for name, value in zip(("the dropout of the convolutions", "the dropout of the hidden layers"), dropout):

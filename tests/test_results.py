@@ -84,7 +84,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
 
 
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
-    mine = ["notes.txt", "epoch-of-reason.safetensors"]
+    mine = ["notes.txt", "epoch-of-reason.safetensors", "epoch-3-of-my-other-net.safetensors", "epoch-0007.safetensors.bak", "epoch-12.safetensors", "notes.part"]
     for name in mine:
         (tmp_path / name).write_text("mine")
     (tmp_path / "below").mkdir()
@@ -92,9 +92,16 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     for name in ("best.safetensors", "epoch-0000.safetensors", "epoch-12345.safetensors"):
         run.save_weights(nn.Linear(2, 1).state_dict(), name)
     run.finish(nn.Linear(2, 1), None)
+    for name in ("epoch-0003.safetensors.part", "checkpoint.pt.part", "history.csv.part"):
+        (tmp_path / name).write_text("left by a process that was killed")
     Run(tmp_path, {}, overwrite=True)
     assert all((tmp_path / name).read_text() == "mine" for name in mine)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "below", *sorted(mine), "run.json"]
+
+
+def test_what_a_kill_left_of_the_first_record_blocks_nothing(tmp_path):
+    (tmp_path / "run.json.part").write_text("{")
+    assert Run(tmp_path, {}).status == "running" and not (tmp_path / "run.json.part").exists()
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "epoch-0007.safetensors"])
@@ -257,6 +264,23 @@ def test_events_of_no_rows_are_no_file(tmp_path):
     run.save_history(rows(2))
     run.finish(None, pd.DataFrame([]), status="diverged")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_events_do_not_outlive_the_wish_for_them(tmp_path):
+    "Taken up again without events, a run would leave those of its first part beside a longer history."
+    run = Run(tmp_path, {}, tensorboard=True)
+    run.save_history(rows(2))
+    run.save_checkpoint({"rows": 2})
+    run.close()
+    Run(tmp_path, {}).save_history(rows(3))
+    assert not (tmp_path / "events.out.tfevents").exists()
+
+
+def test_events_begin_anew_after_a_history_without_rows(tmp_path):
+    run = Run(tmp_path, {}, tensorboard=True)
+    for count in (2, 0, 1):
+        run.save_history(rows(count))
+    assert points(tmp_path)["val_error"] == [(0, 0.0)]
 
 
 def test_tensorboard_is_imported_by_those_who_ask_for_it_and_may_be_missing(tmp_path):

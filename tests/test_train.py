@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pandas as pd
 import pytest
@@ -13,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from flatmin_nb.entropy_sgd import EntropySGD
 from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import Run, histories
+from flatmin_nb.lab.results import Run, histories, load_weights
 from flatmin_nb.lab.results import load as load_runs
-from flatmin_nb.lab.train import Best, Callback, Diverged, EarlyStopping, MonitorError, Plateau, Snapshots, evaluate, fit
+from flatmin_nb.lab.train import Best, Callback, ColumnError, Diverged, EarlyStopping, MonitorError, Plateau, Regime, Snapshots, evaluate, fit
 from flatmin_nb.smoothout import SmoothOut
 
 
@@ -298,7 +299,7 @@ def watched(images, folder, net, optimizer, *others, epochs=10):
     return result, callbacks
 
 
-@pytest.mark.parametrize("at", [1, 17, 21, 34, 48, 63])
+@pytest.mark.parametrize("at", [1, 17, 21, 34, 41, 48, 63])  # the checkpoint of step 40 is of a row that goes back to the best weights
 def test_what_watches_the_history_survives_a_kill(digits, tmp_path, at):
     class Killed(Callback):
         def after_step(self, loop):
@@ -358,3 +359,236 @@ def test_snapshots_need_a_run_and_epochs(digits):
         train(digits, callbacks=[Snapshots()])
     with pytest.raises(MonitorError, match="every must be an integer"):
         Snapshots(every=0.5)
+
+
+@pytest.mark.parametrize("column", ["told", "test_loss"])
+def test_a_column_is_written_once(digits, column):
+    class Tells(Callback):
+        def row(self, loop):
+            return {column: 0.0}
+
+    with pytest.raises(ColumnError, match=f"write the column '{column}'") as trouble:
+        train(digits, callbacks=[Numbers([1] * 99), Tells()], evaluate_first=True)
+    assert "\n" not in str(trouble.value)
+
+
+# ---- Plateau beside others, and its rule by hand
+
+
+class KilledAt(Callback):
+    "Raises KeyboardInterrupt after a step."
+
+    def __init__(self, step):
+        self.at = step
+
+    def after_step(self, loop):
+        if loop.step == self.at:
+            raise KeyboardInterrupt
+
+
+def scheduled(images, folder, *others, settings, numbers):
+    "A Regime and a Plateau on one optimizer, ten rows of one epoch each."
+    net = small_net()
+    optimizer = SGD(net.parameters(), lr=0.5, momentum=0.9)
+    regime, plateau = Regime(optimizer, settings), Plateau(optimizer, "told", patience=0, factor=0.5)
+
+    class Told(Callback):
+        def row(self, loop):
+            return {"told": numbers[round(loop.epoch)]}
+
+    result = fit(net, optimizer, images, epochs=10, schedule=regime, callbacks=[Told(), plateau, *others], splits=("test",), run=Run(folder, {}), progress=False)
+    return net, result.history.drop(columns="seconds")
+
+
+@pytest.mark.parametrize("at", [25, 35, 45, 72])
+def test_a_plateau_beside_a_regime_and_after_a_kill(digits, tmp_path, at):
+    "The regime sets the learning rate where its settings begin, and in between it is the plateau's."
+    options = dict(settings={0: dict(lr=0.1), 4: dict(lr=0.2), 6: dict(momentum=0.5)}, numbers=[9, 8, 8, 7, 6, 5, 5, 4, 4, 3, 2])
+    net, history = scheduled(digits, tmp_path / "whole", Callback(), **options)
+    assert history.lr.tolist() == [0.1, 0.1, 0.05, 0.05, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
+    with pytest.raises(KeyboardInterrupt):
+        scheduled(digits, tmp_path / "killed", KilledAt(at), **options)
+    other, resumed = scheduled(digits, tmp_path / "killed", KilledAt(None), **options)
+    assert same(net, other)
+    pd.testing.assert_frame_equal(resumed, history, check_exact=True)
+
+
+def test_a_regime_changes_what_begins_and_nothing_else():
+    optimizer = SGD(small_net().parameters(), lr=1.0, momentum=0.1)
+    regime = Regime(optimizer, {0: dict(lr=0.5), 1: dict(momentum=0.2), 2: dict(lr=0.25), 3: dict(lr=0.125)}, stretch=0.75)
+    (group,) = optimizer.param_groups
+    seen = []
+    for _ in range(4):
+        seen.append((group["lr"], group["momentum"]))
+        group["lr"] *= 0.9
+        regime.step()
+    assert seen == [(0.5, 0.1), (0.5 * 0.9, 0.2), (0.25, 0.2), (0.125, 0.2)]  # epochs 0.75, 1.5 and 2.25
+    again = Regime(optimizer, {0: dict(lr=0.5), 2: dict(lr=0.25)})
+    group["lr"] = 0.3
+    again.load_state_dict({"epoch": 2})
+    assert (again.epoch, group["lr"]) == (2, 0.3)
+
+
+def rates(numbers, lr=0.1, **options):
+    "The learning rates with which the rows were taken that have these numbers."
+    optimizer = SGD(small_net().parameters(), lr=lr)
+    plateau, found = Plateau(optimizer, "told", factor=0.5, **options), []
+    for number in numbers:
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        plateau.after_row(dataclasses.make_dataclass("Stand", ["optimizer", "model", "step"])(optimizer, None, 0), {"told": number})
+    return found
+
+
+def test_the_rule_of_a_plateau_by_hand():
+    assert rates([3, 3, 3, 3, 3, 3, 3], patience=0, cooldown=2) == [0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025]
+    assert rates([10, 9.5, 9, 8.9], patience=0, threshold=0.6) == [0.1, 0.1, 0.05, 0.05]  # 9.5 gains less than 0.6, 9 gains 1; relative, none would be a gain
+    assert rates([100, 99, 98], patience=0, threshold=0.6) == [0.1] * 3  # relative, neither would be a gain
+    assert rates([3] * 4, lr=4e-9, patience=0) == [4e-9, 4e-9, 2e-9, 1e-9]  # however small
+
+
+def test_a_plateau_goes_back_where_the_learning_rate_is_a_tensor(digits):
+    net = small_net()
+    optimizer = SGD(net.parameters(), lr=torch.tensor(0.05))
+    went = []
+
+    class Looks(Callback):
+        def before_step(self, loop):
+            went.append(plateau._back)
+
+    plateau = Plateau(optimizer, "told", patience=0, reload=True)
+    fit(net, optimizer, digits, epochs=1, callbacks=[Numbers([3, 4, 2]), Looks(), plateau], evaluate_every_steps=5, evaluate_first=True, splits=(), progress=False)
+    assert [step for step, back in enumerate(went) if back] == [5]
+
+
+def test_a_plateau_goes_back_to_the_weights_that_are_trained_and_not_to_their_average(digits):
+    net, kept = small_net(), {}
+
+    class Looks(Callback):
+        def after_row(self, loop, row):
+            kept[loop.step] = {name: value.clone() for name, value in loop.model.state_dict().items()}
+
+        def before_step(self, loop):
+            kept[loop.step, "next"] = {name: value.clone() for name, value in loop.model.state_dict().items()}
+
+    optimizer = SGD(net.parameters(), lr=0.05)
+    plateau = Plateau(optimizer, "told", patience=0, reload=True)
+    options = dict(average=AveragedModel(net), evaluate_every_steps=5, evaluate_first=True, splits=(), progress=False)
+    fit(net, optimizer, digits, epochs=2, callbacks=[Numbers([3, 2, 5, 1, 1]), plateau, Looks()], **options)
+    assert all(torch.equal(kept[10, "next"][name], value) for name, value in kept[5].items())
+    assert not all(torch.equal(kept[10][name], value) for name, value in kept[5].items())
+
+
+def test_a_plateau_of_another_optimizer_is_refused(digits):
+    net = small_net()
+    with pytest.raises(MonitorError, match="the optimizer of Plateau is not the one that trains"):
+        train(digits, net=net, callbacks=[Plateau(SGD(net.parameters(), lr=0.1), "test_loss")], evaluate_first=True, epochs=0)
+    base = SGD(net.parameters(), lr=0.1)
+    train(digits, lambda parameters: SmoothOut(base, net, a=0.01), net=net, callbacks=[Plateau(base, "test_loss")], epochs=1)
+
+
+# ---- columns that come and go
+
+
+class Sometimes(Callback):
+    "A column in some rows only."
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def row(self, loop):
+        return self.rows[loop.step // 5]
+
+
+def test_a_column_may_be_missing_after_the_first_row(digits, tmp_path):
+    "A look every other row; the run is killed, and goes on with a row that has none."
+    def run(*others):
+        rows = [{"told": 5}, {}, {"told": 4}, {}, {}, {"told": 6}, {}]
+        callbacks = [Sometimes(rows), best, EarlyStopping("told", patience=2), *others]
+        return train(digits, callbacks=callbacks, run=Run(tmp_path, {}), epochs=3, evaluate_every=0, evaluate_every_steps=5, evaluate_first=True, save_every_steps=6)
+
+    best = Best("told")
+    with pytest.raises(KeyboardInterrupt):
+        run(KilledAt(14))
+    best = Best("told")
+    _, result = run(KilledAt(None))
+    assert (best.best_row["step"], best.best_row["told"], result.stopped) == (10, 4, "")
+    for callback in (Best("told"), EarlyStopping("told")):
+        with pytest.raises(MonitorError, match="no column of the history 'told'"):
+            train(digits, callbacks=[Sometimes([{}, {"told": 1}]), callback], evaluate_first=True)
+
+
+def test_only_what_is_measured_on_an_empty_split_is_never_a_number(digits):
+    best = Best("val_like")
+    train(digits, callbacks=[Sometimes([{"val_like": math.nan}, {"val_like": 2.0}, {"val_like": 1.0}, {}, {}]), best], evaluate_every_steps=5, evaluate_first=True)
+    assert best.best_row["val_like"] == 1
+    own = Best("val_error")  # measured by a callback, on images of its own
+    train(digits, callbacks=[Sometimes([{"val_error": 3.0}] * 9), own], evaluate_first=True)
+    assert own.best_row["val_error"] == 3
+
+
+@pytest.mark.parametrize("value", ["3.5", None])
+def test_a_column_of_text_is_refused(digits, value):
+    with pytest.raises(MonitorError, match=f"told is {value!r} at step 0, which is no number; follow another column"):
+        train(digits, callbacks=[Sometimes([{"told": value}]), Best("told")], evaluate_first=True)
+
+
+# ---- stopping
+
+
+def test_rows_without_a_number_do_not_count_as_waiting(digits):
+    _, result = train(digits, callbacks=[Numbers([4, 3, math.nan, 3, math.nan, math.nan, 4, 4]), EarlyStopping("told", patience=3)], epochs=5, evaluate_every=0, evaluate_every_steps=5, evaluate_first=True)
+    assert result.steps == 35
+
+
+def test_a_stop_at_the_last_step_stops_nothing(digits, tmp_path):
+    steps = 2 * (len(digits.train_images) // 128)
+    for when in ("after_step", "after_row"):
+        for _ in range(2):  # made again, it is the same
+            _, result = train(digits, run=Run(tmp_path / when, {}), callbacks=[Stop(steps, when)])
+            assert (result.steps, result.stopped) == (steps, "")
+    assert "stopped" not in load_runs(tmp_path)
+
+
+def test_the_first_reason_is_kept(digits):
+    early = EarlyStopping("told", patience=1)
+    _, result = train(digits, callbacks=[Numbers([3, 3, 3]), Stop(5), early], evaluate_every_steps=5, evaluate_first=True)
+    assert (result.steps, result.stopped) == (5, "enough")
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("first", [9.0, math.nan])
+def test_the_best_file_after_a_kill_is_of_a_row_of_the_history(digits, tmp_path, first):
+    "The row of step 5 was the best, and is not of the checkpoint: while it is taken again, the file is of the row before, or there is none."
+    def run(*others):
+        best = Best("told", file=True)
+        callbacks = [Numbers([first, 1.0, 2.0, 2.0]), best, *others]
+        return train(digits, callbacks=callbacks, run=Run(tmp_path, {}), epochs=1, evaluate_first=True, evaluate_every=0, evaluate_every_steps=5)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(KilledAt(7))
+    assert not same(weights_in(tmp_path / "best.safetensors"), small_net())
+    with pytest.raises(KeyboardInterrupt):
+        run(KilledAt(3))
+    file = tmp_path / "best.safetensors"
+    assert not file.exists() if math.isnan(first) else same(weights_in(file), small_net())
+
+
+def weights_in(file):
+    net = small_net()
+    load_weights(net, file)
+    return net
+
+
+def test_the_clock_stands_still_while_snapshots_are_written(digits, tmp_path, monkeypatch):
+    write, delay = Run.save_weights, 0.5
+
+    def slow(self, weights, name="model.safetensors"):
+        time.sleep(delay if name.startswith("epoch") else 0)
+        write(self, weights, name)
+
+    monkeypatch.setattr(Run, "save_weights", slow)
+    began = time.perf_counter()
+    _, result = train(digits, callbacks=[Snapshots(every=1)], run=Run(tmp_path, {}), splits=())
+    assert time.perf_counter() - began - result.seconds > 3 * delay

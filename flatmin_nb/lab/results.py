@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -130,13 +131,17 @@ def claimed(folder: Path) -> FileLock:
 
 # %% ../../nbs/lab/results.ipynb #058bafa3
 EVENTS = "events.out.tfevents"  # TensorBoard looks for files with "tfevents" in their names
-FILES = ("checkpoint.pt", "model.safetensors", "best.safetensors", "epoch-[0-9]*.safetensors", EVENTS, "history.csv", "run.json")  # patterns
+FILES = (r"checkpoint\.pt", r"(model|best|epoch-\d{4,})\.safetensors", re.escape(EVENTS), r"history\.csv", r"run\.json")  # regular expressions
 UNFINISHED = ("running", "fitted")  # a run with one of these goes on when it is called again
 
 
-def files_of(folder: Path) -> list[Path]:
-    "The files of a run that `folder` holds, the record last."
-    return [path for name in FILES for path in sorted(folder.glob(name))]
+def files_of(
+    folder: Path,
+    ending: str = "",  # of their names; ".part": what a killed process left of one
+) -> list[Path]:
+    "The files of a run that `folder` holds, the record last. A name that only begins like one of ours is somebody else's."
+    there = sorted(folder.glob("*"))
+    return [path for name in FILES for path in there if re.fullmatch(name + re.escape(ending), path.name)]
 
 
 def read_record(folder: Path) -> dict | None:
@@ -178,7 +183,7 @@ def erase(folder: Path) -> None:
     if (folder / "run.json").exists():
         write_record(folder, {"status": "replaced", "parameters": {}})
     shutil.rmtree(folder / "wandb", ignore_errors=True)
-    for path in files_of(folder):
+    for path in [*files_of(folder, ".part"), *files_of(folder)]:
         path.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/results.ipynb #d156460c
@@ -361,9 +366,12 @@ class Run:
 
     def save_history(self, history: pd.DataFrame) -> None:
         "Replace `history.csv`. Numbers are written so that they are read back exactly; no rows make no file."
+        if history.empty or self._events is None:
+            (self.folder / EVENTS).unlink(missing_ok=True)  # of a time when events were asked for: it would not grow with the history
         if history.empty:
-            for name in ("history.csv", EVENTS):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / "history.csv").unlink(missing_ok=True)
+            if self._events is not None:
+                self._events.rows = 0
             return
         with written_whole(self.folder / "history.csv") as file:
             history.to_csv(file, index=False)

@@ -417,10 +417,11 @@ def test_a_start_of_too_few_directions_and_a_space_that_is_all():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(start=torch.ones(5)), r"start must be finite, of shape \[8, k\]; got \[5\]"),
+        (dict(start=torch.ones(5)), r"start must be real and finite, of shape \[8, k\]; got \[5\]"),
+        (dict(start=torch.ones(8, 2, dtype=torch.complex64)), r"got \[8, 2\], torch.complex64"),
         (dict(start=torch.ones(8)), r"of shape \[8, k\]; got \[8\]"),
         (dict(start=torch.ones(8, 9)), r"of shape \[8, k\]; got \[8, 9\]"),
-        (dict(start=torch.full((8, 2), torch.nan)), "start must be finite"),
+        (dict(start=torch.full((8, 2), torch.nan)), "start must be real and finite"),
         (dict(start=[1.0] * 8), "got list"),
         (dict(start=torch.ones(8, 2), max_products=2), "max_products"),
         (dict(start=torch.ones(8, 2), tolerance=1.0), "tolerance"),
@@ -484,3 +485,11 @@ def test_more_pairs_than_the_usual_number_of_products():
 
     with pytest.raises(InterruptedError):
         top_eigenpairs(Counted(torch.eye(600), begun), k=550)
+
+
+def test_tracking_an_operator_that_is_not_symmetric_ends():
+    lopsided = torch.zeros(4, 4).double()
+    lopsided[0, 0], lopsided[0, 1] = 1.0, 5.0  # what is left of every product lies in the span of the first two
+    start = torch.eye(4, 2).double().requires_grad_()
+    pairs = track_eigenpairs(Counted(lopsided, lambda product, vector: product), start, max_products=20, tolerance=1e-6)
+    assert pairs.values.isfinite().all() and not pairs.converged.all() and not pairs.vectors.requires_grad

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from conftest import same, state
 from torch import nn
 
-from flatmin_nb.lab.curvature import GGN, Hessian, top_eigenpairs
+from flatmin_nb.lab.curvature import GGN, Dense, Hessian, top_eigenpairs
 from flatmin_nb.lab.data import CropFlip, load, scaled
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.objective import Objective, ObjectiveError
+from flatmin_nb.lab.objective import Objective
 from flatmin_nb.lab.results import Run
-from flatmin_nb.lab.train import Callback, Diverged, fit
+from flatmin_nb.lab.train import Callback, ColumnError, Diverged, fit
 from flatmin_nb.lab.watch import (
-    CurvatureWatch, WatchError, cross_sections, fresh_sample, overlap, plot_eigenvalues, plot_overshoots, plot_sections, principal_angles,
-    quadratic_model, step_overshoot, widths,
+    CurvatureWatch, WatchError, cross_sections, fresh_sample, overlap, plot_alignment, plot_eigenvalues, plot_overlap, plot_overshoot, plot_overshoots,
+    plot_sections, principal_angles, quadratic_model, spectrum_columns, step_overshoot, widths,
 )  # fmt: skip
 
 
@@ -172,25 +172,136 @@ def test_a_loss_that_is_not_finite_is_a_divergence(digits, tmp_path):
     images = sample_of(digits)[0].clone()
     images[0] = float("inf")
     run = Run(tmp_path, {})
-    with pytest.raises(Diverged, match="the loss over the sample of the watch is not finite at step 0"):
+    with pytest.raises(Diverged, match="the loss that the watch measures is not finite at step 0"):
         train(net_of(), digits, [CurvatureWatch((images, sample_of(digits)[1]), k=1)], run=run)
     assert "diverged" in (run.folder / "run.json").read_text()
 
 
 def test_what_is_refused_is_refused_in_one_line(digits):
-    for options in (dict(k=1.5), dict(batches=-1), dict(norm_products=3), dict(tolerance=0), dict(overshoots=1, batches=0), dict(factors=(1.0, -1.0))):
+    for options in (dict(k=1.5), dict(batches=-1), dict(norm_products=3), dict(tolerance=0), dict(overshoots=1, batches=0), dict(factors=(1.0, -1.0)),
+                    dict(norm_products=6.5), dict(norm_products="many"), dict(weight_decay=-1.0), dict(batchnorm="run"), dict(prefix=1)):  # fmt: skip
         with pytest.raises(WatchError) as trouble:
             CurvatureWatch(sample_of(digits), **options)
         assert "\n" not in str(trouble.value)
-    with pytest.raises(ObjectiveError, match="no BatchNorm mode 'run'; did you mean 'running'"):
-        train(net_of(), digits, [CurvatureWatch(sample_of(digits), batchnorm="run")])
+    with pytest.raises(WatchError, match="no BatchNorm mode 'run'; did you mean 'running'"):
+        CurvatureWatch(sample_of(digits), batchnorm="run")
     few = net_of()
     few[1].requires_grad_(False)
     with pytest.raises(OneLineError, match="k must be at most the size of the operator; got 100"):
         train(few, digits, [CurvatureWatch(sample_of(digits), k=100)])
 
 
+def test_products_that_overflow_are_a_divergence(digits, tmp_path):
+    "The loss is 1e30 and finite in float32; the products with the Hessian have no squares."
+    net, run = net_of(), Run(tmp_path, {})
+    net[-1].weight.data.fill_(1e15)
+    with pytest.raises(Diverged, match="the curvature that the watch measures is not finite at step 0"):
+        train(net, digits, [CurvatureWatch(sample_of(digits), k=1, loss=lambda outputs, targets: outputs.square().mean())], run=run)
+    assert "diverged" in (run.folder / "run.json").read_text()
+
+
+@pytest.mark.parametrize(("pixels", "what"), [(float("inf"), "the loss"), (1e30, "the norm of a gradient")])
+def test_minibatches_that_overflow_are_a_divergence(digits, tmp_path, pixels, what):
+    run, images = Run(tmp_path, {}), digits.with_images(lambda x: torch.full_like(x, pixels))
+    with pytest.raises(Diverged, match=f"{what} that the watch measures is not finite at step 0"):
+        train(net_of(), images, [CurvatureWatch(sample_of(digits), k=1, loss=lambda outputs, targets: outputs.mean(), batches=2)], splits=(), run=run)
+    assert "diverged" in (run.folder / "run.json").read_text()
+
+
+def test_two_watches_of_one_run_have_a_prefix_each(digits):
+    with pytest.raises(ColumnError, match="two callbacks write the column 'lambda_1'.*CurvatureWatch has a prefix") as trouble:
+        train(net_of(), digits, [CurvatureWatch(sample_of(digits), k=1, batches=1) for _ in range(2)])
+    assert isinstance(trouble.value, ValueError) and "\n" not in str(trouble.value)
+    watches = [CurvatureWatch(sample_of(digits, count), k=2, batches=1, prefix=prefix) for prefix, count in (("", 60), ("more_", 200))]
+    history = train(net_of(), digits, watches).history
+    alone = train(net_of(), digits, [CurvatureWatch(sample_of(digits, 200), k=2, batches=1)]).history
+    for column in ("lambda_1", "lambda_2", "cos_batch_2", "overlap", "distance", "edge", "watch_products"):
+        pd.testing.assert_series_equal(history[f"more_{column}"], alone[column], check_names=False)
+    assert (history.more_lambda_1 != history.lambda_1).all()
+    for plot in (plot_eigenvalues, plot_alignment, plot_overlap):
+        lines = [plot(table, prefix=prefix).lines for table, prefix in ((history, "more_"), (alone, ""))]
+        assert [line.get_ydata().tolist() for line in lines[0][1:]] == [line.get_ydata().tolist() for line in lines[1][1:]]
+        assert lines[0][0].get_ydata().tolist() == pytest.approx(lines[1][0].get_ydata().tolist())
+
+
+def test_a_gradient_of_zero_and_a_learning_rate_of_zero_end_no_run(digits):
+    loss = lambda outputs, targets: 1 + 0 * outputs.mean()
+    watch = CurvatureWatch(sample_of(digits), k=2, batches=2, norm_products=6, overshoots=1, sections=1)
+    history = train(net_of(), digits, [watch], loss=loss, epochs=1).history
+    assert history.lambda_1.tolist() == [0, 0] and history.lambda_residual.tolist() == [0, 0] and (history.cos_batch_1 == 0).all()
+    for table in (watch.overshoots, watch.sections):
+        assert (table.step == 0).all() and (table.change == 0).all() and (table.predicted_change == 0).all()
+    watch = CurvatureWatch(sample_of(digits), k=1, batches=1, overshoots=1, sections=1)
+    train(net_of(), digits, [watch], lr=0.0, epochs=1)
+    assert (watch.overshoots.step == 0).all() and (watch.overshoots.change == 0).all()
+
+
+class Unfreeze(Callback):
+    "The first layer is trained too, from a step on."
+
+    def __init__(self, step, layer):
+        self.at, self.layer = step, layer
+
+    def before_step(self, loop):
+        self.layer.requires_grad_(loop.step >= self.at)
+
+
+def test_where_other_parameters_are_trained_overlap_and_distance_start_anew(digits):
+    net = net_of()
+    net[1].requires_grad_(False)
+    history = train(net, digits, [Unfreeze(16, net[1]), CurvatureWatch(sample_of(digits), k=2, batches=1, overshoots=1)], epochs=4).history
+    assert history.overlap.isna().tolist() == [True, False, False, True, False]
+    assert (history.distance == 0).tolist() == [True, False, False, True, False]
+    assert history.cos_random.nunique() == 2
+
+
+def test_a_watch_that_is_given_to_another_run_begins_anew(digits):
+    used, fresh = (CurvatureWatch(sample_of(digits), k=2, batches=1, overshoots=1, factors=(1.0,)) for _ in range(2))
+    for first in (True, False):
+        train(net_of(seed=1), digits, [used], evaluate_first=first)
+        for evaluate_first in (True, False):
+            histories = [train(net_of(), digits, [watch], evaluate_first=evaluate_first).history.drop(columns=["seconds", "watch_seconds"]) for watch in (used, fresh)]
+            pd.testing.assert_frame_equal(*histories)
+            pd.testing.assert_frame_equal(used.overshoots, fresh.overshoots)
+    unused = CurvatureWatch(sample_of(digits), k=2, batches=1, overshoots=1, factors=(1.0,))
+    last = train(net_of(), digits, [unused], evaluate_first=False).history.drop(columns=["seconds", "watch_seconds"])
+    pd.testing.assert_frame_equal(histories[0], last)
+
+
+def test_a_look_inside_autocast_is_one_outside(digits):
+    histories, watches = [], []
+    for inside in (False, True):
+        watches.append(CurvatureWatch(sample_of(digits), k=2, batches=2, norm_products=6, overshoots=1, sections=1, factors=(1.0,)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            histories.append(train(net_of(nn.BatchNorm1d(8), nn.Tanh()).eval(), digits, watches[-1:], lr=1e-30, epochs=0).history)
+    columns = [column for column in histories[0] if "loss" not in column and "error" not in column and "seconds" not in column]
+    pd.testing.assert_frame_equal(histories[0][[*columns, "frobenius_error"]], histories[1][[*columns, "frobenius_error"]])
+    pd.testing.assert_frame_equal(watches[0].sections, watches[1].sections)
+    V, W = (torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(seed)))[0] for seed in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = overlap(V, W), principal_angles(V, W)
+    assert within[0] == overlap(V, W) and torch.equal(within[1], principal_angles(V, W))
+
+
+def test_the_residual_beside_an_eigenvalue_of_nothing():
+    "What has converged is at most the tolerance; what has not is not hidden."
+    for dtype in (torch.float32, torch.float64):
+        basis = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+        values = torch.cat([torch.tensor([8.0, 4.0, 2.0, 1e-9, 0.0]), torch.linspace(-0.1, -1, 35)]).double()
+        matrix = (basis * values) @ basis.T
+        pairs = top_eigenpairs(Dense(((matrix + matrix.T) / 2).to(dtype)), k=5, tolerance=1e-2)
+        assert pairs.converged.all() and spectrum_columns(pairs, 0.1)["lambda_residual"] <= 1e-2
+    poor = top_eigenpairs(Dense(torch.linspace(1, 2, 200).diag().double()), k=2, tolerance=1e-2, max_products=4)
+    assert spectrum_columns(poor, 0.1)["lambda_residual"] == pytest.approx(float((poor.residuals / poor.values).max()))
+
+
 # ---- the tools ----
+
+@pytest.mark.parametrize("look", [widths, plot_sections, plot_overshoot, plot_overshoots])
+def test_a_table_of_nothing_is_said_in_one_line(digits, look):
+    with pytest.raises(WatchError, match="the table is empty; give that of a CurvatureWatch"):
+        look(CurvatureWatch(sample_of(digits)).overshoots)
+
 
 @pytest.fixture
 def objective(digits):

@@ -659,8 +659,8 @@ def track_eigenpairs(
     seed: int = 0,  # of the signs that confirm
 ) -> Eigenpairs:
     "The best pairs near earlier ones, from few products (Davidson's method without a preconditioner). What `start` and its residuals do not contain is not found."
-    if not isinstance(start, Tensor) or start.ndim != 2 or len(start) != A.size or not start.isfinite().all() or not 0 < start.shape[1] <= A.size:
-        raise CurvatureError(f"start must be finite, of shape [{A.size}, k]; got {list(start.shape) if isinstance(start, Tensor) else type(start).__name__}")
+    if not isinstance(start, Tensor) or start.ndim != 2 or len(start) != A.size or start.is_complex() or not start.isfinite().all() or not 0 < start.shape[1] <= A.size:
+        raise CurvatureError(f"start must be real and finite, of shape [{A.size}, k]; got {f'{list(start.shape)}, {start.dtype}' if isinstance(start, Tensor) else type(start).__name__}")
     k = start.shape[1]
     max_products = 2 * k + 1 if max_products is None else max_products
     check_number("tolerance", tolerance, CurvatureError, "[0, 1)")
@@ -668,7 +668,7 @@ def track_eigenpairs(
     if which not in RANK:
         raise CurvatureError(no_such("order", which, RANK))
     random = generator(A, seed)
-    span = Span(A, torch.linalg.qr(start.to(A.device).double()).Q.T.to(A.dtype), min(max_products - 1, A.size))
+    span = Span(A, torch.linalg.qr(start.detach().to(A.device).double()).Q.T.to(A.dtype), min(max_products - 1, A.size))
     while True:
         values, vectors, errors = span.ritz(which, k)
         residuals = errors.norm(dim=1)
@@ -676,6 +676,8 @@ def track_eigenpairs(
         if span.n == len(span.basis) or (residuals <= slack).all():
             break
         left, _, norm = orthogonalised(errors[(residuals / slack).argmax()], span.basis[: span.n])
+        if norm <= span.rounding * span.scale:  # the residual lies in the span: rounding, or an operator that is not symmetric
+            break
         span.add(left / norm)
     signs = torch.randint(2, values.shape, device=A.device, generator=random).mul(2).sub(1).to(vectors)
     surprise = float((A @ (signs @ vectors) - signs @ errors - (signs * values) @ vectors).norm())

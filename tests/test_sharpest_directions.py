@@ -170,6 +170,12 @@ def test_groups_have_their_own_rate_and_factor():
     torch.testing.assert_close(ours, expected, atol=1e-7, rtol=0)
 
 
+def test_a_net_in_data_parallel_is_the_net():
+    net, other = net_of(), net_of()
+    wrapped = NudgedSGD(net.parameters(), nn.DataParallel(net), cross_entropy, (X, Y), lr=0.2, gamma=0.1, k=3, every=2, tolerance=1e-9)
+    assert torch.equal(trained(net, wrapped), trained(other, nudged(other)))
+
+
 def test_a_late_group_takes_part():
     net = net_of()
     optimizer = NudgedSGD(net[0].parameters(), net, cross_entropy, (X, Y), lr=0.2, gamma=0.0, k=3, every=100, tolerance=1e-9)
@@ -210,13 +216,16 @@ def test_what_is_frozen_on_the_way_leaves_the_hessian_and_comes_back():
 )
 def test_a_group_with_an_option_that_means_nothing_is_refused(options, words):
     net = net_of()
+    good = NudgedSGD(net[0].parameters(), net, cross_entropy, (X, Y))
     for make in (
         lambda: NudgedSGD([dict(params=net.parameters()) | options], net, cross_entropy, (X, Y)),
-        lambda: NudgedSGD(net[0].parameters(), net, cross_entropy, (X, Y)).add_param_group(dict(params=net[2].parameters()) | options),
+        lambda: good.add_param_group(dict(params=net[2].parameters()) | options),
     ):
         with pytest.raises(NudgeError, match=words) as refusal:
             make()
         assert len(str(refusal.value).splitlines()) == 1
+    good.add_param_group(dict(params=net[2].parameters()))  # what was refused has left no trace
+    assert len(good.param_groups) == 2
 
 
 def test_what_cannot_be_trained_is_refused():
@@ -226,6 +235,8 @@ def test_what_cannot_be_trained_is_refused():
         (lambda: NudgedSGD(net_of().parameters(), net, cross_entropy, (X, Y)), "a parameter that the model does not have"),
         (lambda: NudgedSGD(frozen.parameters(), frozen, cross_entropy, (X, Y)), "requires a gradient"),
         (lambda: nudged(net, k=44), "at most the number of weights, 43"),
+        (lambda: nudged(net, batchnorm="runing"), "did you mean 'running'"),
+        (lambda: NudgedSGD(net.parameters(), net, (X, Y), cross_entropy), "loss must be a function"),
     ):
         with pytest.raises(NudgeError, match=words):
             make()

@@ -85,5 +85,5 @@ def main(
         frames[f"{name}_{'curves' if part == 'history' else part}"] = rows.reindex(columns=[*KEY, *kept]).sort_values([*KEY, kept[0]], kind="stable")
     for title, frame in frames.items():
         with written_whole(HERE / f"{title}.csv") as file:
-            frame.round(6).to_csv(file, index=False)
+            frame.round(6).to_csv(file, index=False, float_format=None if title == name else "%.5g")  # five digits are enough to draw
         print(f"results/{title}.csv: {len(frame)} rows")

@@ -161,12 +161,13 @@ def test_factors_inside_and_outside(options):
     torch.testing.assert_close(ours, by_dense_algebra(net_of(), **{"lr": 0.2} | options), atol=1e-7, rtol=0)
 
 
-def test_groups_have_their_own_rate_and_factor():
+@pytest.mark.parametrize("gamma", [0.6, 1.0])
+def test_groups_have_their_own_rate_and_factor(gamma):
     net, other = net_of("tied"), net_of("tied")
-    groups = [dict(params=net.last.parameters(), lr=0.5, gamma=0.6), dict(params=[*net.first.parameters(), net.second.bias])]
+    groups = [dict(params=net.last.parameters(), lr=0.5, gamma=gamma), dict(params=[*net.first.parameters(), net.second.bias])]
     ours = trained(net, NudgedSGD(groups, net, cross_entropy, (X, Y), lr=0.1, gamma=0.0, k=3, every=2, tolerance=1e-9))
     last = set(other.last.parameters())
-    expected = by_dense_algebra(other, lr=lambda p: 0.5 if p in last else 0.1, gamma=lambda p: 0.6 if p in last else 0.0)
+    expected = by_dense_algebra(other, lr=lambda p: 0.5 if p in last else 0.1, gamma=lambda p: gamma if p in last else 0.0)
     torch.testing.assert_close(ours, expected, atol=1e-7, rtol=0)
 
 
@@ -315,6 +316,18 @@ def test_gamma_1_is_sgd_bit_for_bit(name, options):
             schedule.step()
         assert torch.equal(flat(ours), flat(theirs)), step
     assert (pair[0][1].products, pair[0][1].examples_spent, pair[0][1].V) == (0, 0, None)
+
+
+def test_what_has_no_gradient_stays_where_it_is():
+    "Though the directions have a part there."
+    net = net_of()
+    optimizer = nudged(net, momentum=0.9)
+    trained(net, optimizer, 1)
+    backward(net, optimizer)
+    net[0].weight.grad = None
+    before, others = net[0].weight.detach().clone(), net[2].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(net[0].weight, before) and not torch.equal(net[2].weight, others)
 
 
 @pytest.mark.parametrize("batchnorm", ["running", "frozen", "batch"])

@@ -14,7 +14,7 @@ The tracking table is about seconds nowhere: a row is one subspace, with the pro
 - study "run": for another epoch each method refreshes every so many steps from what it last had, always on a fresh sample. Before each refresh its directions are held against the eigenvectors of one
   more sample, and so are those of a fresh sample.
 
-The rows of the seeds that are asked for replace those in the file.
+Rows replace those in the file with the same seed, net, K and number of examples.
 """
 
 import hashlib
@@ -46,6 +46,7 @@ REFRESH_AT_MOST, STEP_AT_MOST = 1.15, 1.05
 EPOCH, BATCH_SIZE, LR = 351, 128, 0.01
 LATER = (1, 10, 100, 351)  # steps after the last refresh
 BUDGETS = (2, 3, 5, 8, 11, 15, 20, 26)  # products beyond K
+STEPS_A_REFRESH = 12  # repetitions of the cheaper measurement
 TRUE = 1e-4  # the residual of what counts as the eigenvectors
 
 
@@ -231,14 +232,14 @@ def along_a_run(net: nn.Module, batches: Batches, sample: Callable, k: int, apar
 
 def tracking(data: ImageSet, seed: int, filters: int, k: int, examples: int) -> pd.DataFrame:
     "Both studies with one seed, and where they come from."
+    facts = dict(seed=seed, filters=filters, k=k, examples=examples, lr=LR, batch_size=BATCH_SIZE, device_name=device_name(), threads=1, commit=commit(Path(flatmin_nb.__file__)), **versions())
     rows = []
     for study in (refreshes, along_a_run):
         net = build("simple_cnn", seed=seed, filters=filters)
         batches = trained(net, data, EPOCH, seed)
         sample = fresh_sample(data.train_images, data.train_labels, examples, seed=seed)
         rows += study(net, batches, sample, k)
-    facts = dict(seed=seed, filters=filters, k=k, examples=examples, lr=LR, batch_size=BATCH_SIZE, device_name=device_name(), threads=1)
-    return pd.DataFrame(rows).assign(**facts, commit=commit(Path(flatmin_nb.__file__)), **versions()).round(5)
+    return pd.DataFrame(rows).assign(**facts).round(5)
 
 
 @call_parse
@@ -258,11 +259,13 @@ def main(
             frame = tracking(data, seed, widths[0], k, examples)
             if Path(tracking_table).exists():
                 before = pd.read_csv(tracking_table)
-                frame = pd.concat([before[before["seed"] != seed], frame]).sort_values("seed", kind="stable")
+                setting = dict(seed=seed, filters=widths[0], k=k, examples=examples)
+                others = (before[list(setting)] != pd.Series(setting)).any(axis=1)
+                frame = pd.concat([before[others], frame]).sort_values(["k", "seed"], kind="stable")
             with written_whole(Path(tracking_table)) as file:
                 frame.to_csv(file, index=False)
         return
     print(heading(repeats), flush=True)
-    rows = [refresh_row(data, width, k, examples, repeats) for width in widths] + [step_row(data, width, k, 4 * repeats) for width in widths]
+    rows = [refresh_row(data, width, k, examples, repeats) for width in widths] + [step_row(data, width, k, STEPS_A_REFRESH * repeats) for width in widths]
     table(rows, "what | ratio | wanted | ")
     sys.exit(any(row[-1] != "met" for row in rows))

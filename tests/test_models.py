@@ -16,6 +16,8 @@ INPUTS = {
     "mlp": (1, 8, 8), "mnistfc": (1, 28, 28), "lenet": (1, 28, 28), "small_lenet": (1, 28, 28), "allcnn": (3, 32, 32), "mnist_f1": (1, 28, 28),
     "cifar10_shallow": (3, 32, 32), "cifar100_shallow": (3, 32, 32), "resnet": (3, 32, 32), "wide_resnet": (3, 32, 32), "alexnet": (3, 224, 224),
     "simple_cnn": (3, 32, 32), "preactivation_resnet": (3, 32, 32), "resnet32": (3, 32, 32), "vgg11": (3, 32, 32),
+    "lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "vgg16": (3, 32, 32), "resnet50": (3, 32, 32), "tiny_allcnn": (3, 32, 32),
+    "channel_mean_mlp": (3, 32, 32),
 }  # fmt: skip
 WITH_RECIPE = ["mnist_f1", "cifar10_shallow", "cifar100_shallow", "resnet", "wide_resnet", "alexnet"]
 
@@ -47,6 +49,21 @@ def test_names_of_preactivation_parameters_stay():
     assert names[-4:] == ["norm.weight", "norm.bias", "output.weight", "output.bias"]
     plain = [name for name, _ in build("resnet32", seed=0).named_parameters()]
     assert plain == [name for name in names if "norm" not in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("lenet_300_100", ["hidden1.layer", "hidden2.layer", "output"]),
+        ("channel_mean_mlp", ["hidden1.layer", "hidden2.layer", "output"]),
+        ("lenet5_caffe", ["conv1.layer", "conv2.layer", "hidden.layer", "output"]),
+        ("vgg16", [*[f"conv{number}.layer" for number in range(1, 14)], "hidden.layer", "output"]),
+        ("tiny_allcnn", [*[f"conv{number}.layer" for number in range(1, 10)], "output"]),
+    ],
+)
+def test_names_of_weight_layers_stay(name, layers):
+    "Kept groups and bits are recorded by layer."
+    assert [key for key, part in build(name, seed=0).named_modules() if isinstance(part, (nn.Conv2d, nn.Linear))] == layers
 
 
 @pytest.mark.parametrize(
@@ -236,6 +253,34 @@ def test_dropout_of_every_variant_of_alexnet(variant):
     assert [part.p for part in net.modules() if isinstance(part, nn.Dropout)] == [expected] * 2
 
 
+def test_resnet50_of_torchvision():
+    "With its stem of 3x3 and without its pooling it is the same function."
+    ours = build("resnet50", seed=0)
+    with torch.device("meta"):
+        peer = torchvision.models.resnet50(num_classes=10)
+        peer.conv1, peer.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    copies = (value.clone() for value in ours.state_dict().values())
+    peer.load_state_dict(dict(zip(peer.state_dict(), copies, strict=True)), assign=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), peer(images))
+        torch.testing.assert_close(ours.eval()(images), peer.eval()(images))
+
+
+def test_vgg16_without_hidden_layer_is_the_convolutions_of_torchvision():
+    ours = build("vgg16", seed=0, hidden=0).eval()
+    with torch.device("meta"):
+        peer = torchvision.models.vgg16_bn(num_classes=10).features.eval()
+    for part in peer.modules():
+        if isinstance(part, nn.Conv2d):
+            part.bias = None
+    weights = [value for name, value in ours.state_dict().items() if not name.startswith("output")]
+    peer.load_state_dict(dict(zip(peer.state_dict(), weights, strict=True)), assign=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), ours.output(peer(images).flatten(1)))
+
+
 # ---- noise ----
 
 def test_noise_is_drawn_by_the_global_generator():
@@ -323,6 +368,15 @@ def test_random_state_of_the_gpu_is_left_alone():
         ("vgg11", {"dropout": (0.0, 1.0)}, "the dropout of the hidden layers"),
         ("vgg11", {"dropout": 0.5}, "dropout"),
         ("vgg11", {"classes": 0}, "classes"),
+        ("lenet_300_100", {"classes": 0}, "classes"),
+        ("lenet5_caffe", {"relu": 1}, "relu must be True or False; got 1"),
+        ("lenet5_caffe", {"classes": 0}, "classes"),
+        ("vgg16", {"hidden": -1}, "hidden must be an integer from 0"),
+        ("vgg16", {"width": 0.5}, "width"),
+        ("resnet50", {"width": 0}, "width"),
+        ("resnet50", {"classes": True}, "classes"),
+        ("tiny_allcnn", {"filters": "24"}, "filters"),
+        ("channel_mean_mlp", {"classes": 0}, "classes"),
         ("mlp", {"hidden": (3.5,)}, "hidden"),
         ("mlp", {"inputs": 0}, "inputs"),
         ("mlp", {"seed": 1.5}, "seed"),

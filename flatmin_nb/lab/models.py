@@ -6,7 +6,8 @@
 __all__ = ['MODELS', 'MNISTFC', 'LENET', 'CLASSES', 'IMAGENET_RESNETS', 'ALEXNET', 'CUT', 'ModelError', 'block', 'registered',
            'with_recipe', 'stepwise', 'mlp', 'mnistfc', 'lenet', 'small_lenet', 'allcnn', 'mnist_f1', 'cifar10_shallow',
            'cifar100_shallow', 'NoisyReLU', 'Residual', 'residual', 'resnet', 'wide_resnet', 'alexnet', 'simple_cnn',
-           'preactivation', 'preactivation_resnet', 'resnet32', 'vgg11', 'build']
+           'preactivation', 'preactivation_resnet', 'resnet32', 'vgg11', 'lenet_300_100', 'lenet5_caffe', 'vgg16',
+           'resnet50', 'tiny_allcnn', 'ChannelMean', 'channel_mean_mlp', 'build']
 
 # %% ../../nbs/lab/models.ipynb #212aa671
 import inspect
@@ -597,6 +598,92 @@ def vgg11(
     for number in (1, 2):
         net |= {f"drop{number}": nn.Dropout(dropout[1]), f"hidden{number}": block(nn.Linear(512, 512), order)}
     return _as_keras(nn.Sequential(OrderedDict(**net, output=nn.Linear(512, classes))))
+
+# %% ../../nbs/lab/models.ipynb #f16d7d8e
+@registered
+def lenet_300_100(classes: int = 10) -> nn.Sequential:
+    "LeNet-300-100 of LeCun et al. (1998), the first net of arXiv 1705.08665, for 28x28 images of one channel."
+    return mlp(784, (300, 100), classes)
+
+# %% ../../nbs/lab/models.ipynb #22060456
+@registered
+def lenet5_caffe(
+    relu: bool = False,  # after the convolutions too; Caffe has it after the hidden layer alone
+    classes: int = 10,
+) -> nn.Sequential:
+    "The LeNet-5 of Caffe, the second net of arXiv 1705.08665, for 28x28 images of one channel."
+    check_flag("relu", relu, ModelError)
+    check_whole("classes", classes, ModelError)
+    order = "relu pool" if relu else "pool"
+    return nn.Sequential(OrderedDict(
+        conv1=block(nn.Conv2d(1, 20, 5), order),
+        conv2=block(nn.Conv2d(20, 50, 5), order),
+        flatten=nn.Flatten(),
+        hidden=block(nn.Linear(800, 500), "relu"),
+        output=nn.Linear(500, classes),
+    ))  # fmt: skip
+
+# %% ../../nbs/lab/models.ipynb #eeb90051
+@registered
+def vgg16(
+    width: int = 64,  # channels of the first two convolutions; the later ones have two, four and eight times as many
+    hidden: int = 512,  # units of the hidden layer; 0: there is none
+    classes: int = 10,
+) -> nn.Sequential:
+    "The VGG of arXiv 1705.08665, with batch normalisation, for 32x32 images of three channels."
+    check_whole("width", width, ModelError)
+    check_whole("hidden", hidden, ModelError, least=0)
+    check_whole("classes", classes, ModelError)
+    channels = (3, *[width] * 2, *[2 * width] * 2, *[4 * width] * 3, *[8 * width] * 6)
+    net = OrderedDict()
+    for number, (before, after) in enumerate(pairwise(channels), start=1):
+        layer = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        net[f"conv{number}"] = block(layer, "norm relu pool" if number in (2, 4, 7, 10, 13) else "norm relu")
+    net["flatten"] = nn.Flatten()
+    if hidden:
+        net["hidden"] = block(nn.Linear(8 * width, hidden, bias=False), "norm relu")
+    return nn.Sequential(OrderedDict(**net, output=nn.Linear(hidden or 8 * width, classes)))
+
+# %% ../../nbs/lab/models.ipynb #b0401e2f
+@registered
+def resnet50(
+    width: int = 64,  # channels of the stem and of the first stage's 3x3 convolutions
+    classes: int = 10,
+) -> nn.Sequential:
+    "The ResNet-50 of BayesWatch's reliable-train, for 32x32 images of three channels."
+    check_whole("width", width, ModelError)
+    stem = block(nn.Conv2d(3, width, 3, padding=1, bias=False), "norm relu")
+    return _residual_net(stem, [width, 2 * width, 4 * width, 8 * width], classes=classes, **IMAGENET_RESNETS[50])
+
+# %% ../../nbs/lab/models.ipynb #18a41aa2
+@registered
+def tiny_allcnn(
+    filters: int = 24,  # of the first three convolutions; the other six have twice as many
+    classes: int = 10,
+) -> nn.Sequential:
+    "The small all-convolutional net of BayesWatch's reliable-train, for 32x32 images of three channels."
+    check_whole("filters", filters, ModelError)
+    check_whole("classes", classes, ModelError)
+    channels = (3, *[filters] * 3, *[2 * filters] * 6)
+    net = OrderedDict()
+    for number, (before, after) in enumerate(pairwise(channels), start=1):
+        side, last = (1 if number >= 8 else 3), number == 9
+        layer = nn.Conv2d(before, after, side, stride=2 if number in (3, 6) else 1, padding=side // 2, bias=last)
+        net[f"conv{number}"] = block(layer, "relu" if last else "norm relu")
+    return nn.Sequential(OrderedDict(**net, mean=nn.AvgPool2d(8), flatten=nn.Flatten(), output=nn.Linear(2 * filters, classes)))
+
+# %% ../../nbs/lab/models.ipynb #d645a080
+class ChannelMean(nn.Module):
+    "The mean over the channels: [N, C, H, W] to [N, 1, H, W]."
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1, keepdim=True)
+
+
+@registered
+def channel_mean_mlp(classes: int = 10) -> nn.Sequential:
+    "The perceptron 1024-300-100 of BayesWatch's reliable-train, on the channel mean of 32x32 images."
+    return nn.Sequential(OrderedDict(mean=ChannelMean(), **dict(mlp(1024, (300, 100), classes).named_children())))
 
 # %% ../../nbs/lab/models.ipynb #4ea59103
 def build(

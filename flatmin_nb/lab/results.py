@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOT_FINITE', 'EVENTS', 'FILES', 'UNFINISHED', 'Where', 'written_whole', 'plain', 'versions', 'device_name', 'commit',
-           'FolderError', 'claimed', 'files_of', 'read_record', 'refuse_to_lose', 'write_record', 'erase', 'WandbError',
-           'check_wandb', 'start_wandb', 'TensorBoardError', 'check_tensorboard', 'scalars', 'Events', 'now',
-           'new_record', 'resumed', 'nothing_to_lose', 'opened', 'Run', 'WeightsError', 'described', 'load_weights',
-           'run_folders', 'tidy', 'load', 'histories']
+           'FolderError', 'claimed', 'files_of', 'read_record', 'refuse_to_lose', 'ended', 'write_record', 'erase',
+           'WandbError', 'check_wandb', 'start_wandb', 'TensorBoardError', 'check_tensorboard', 'scalars', 'Events',
+           'now', 'new_record', 'resumed', 'nothing_to_lose', 'opened', 'Run', 'WeightsError', 'described',
+           'load_weights', 'run_folders', 'tidy', 'load', 'histories', 'spread']
 
 # %% ../../nbs/lab/results.ipynb #e1a24047
 import glob
@@ -170,6 +170,15 @@ def refuse_to_lose(
     for name in [*parameters, *theirs]:
         if (then := theirs.get(name, "not given")) != (now := parameters.get(name, "not given")):
             raise FolderError(f"'{folder}' holds an unfinished run with {name} = {then}, not {now}; {remedy}")
+
+# %% ../../nbs/lab/results.ipynb #b1c7db9f
+def ended(
+    folder: Path,
+    parameters: dict,  # what tells this run from others
+) -> dict | None:
+    "The record in `folder` of a run with these parameters that is finished or diverged; None where there is none."
+    record = read_record(folder)
+    return record if record and record["status"] in ("finished", "diverged") and record["parameters"] == plain(parameters) else None
 
 # %% ../../nbs/lab/results.ipynb #0b66d686
 def write_record(folder: Path, record: dict) -> None:
@@ -483,3 +492,14 @@ def histories(where: Where) -> pd.DataFrame:
             tables.append(pd.read_csv(folder / "history.csv").assign(run=name))  # exact since pandas 3.1
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
     return table[["run", *table.columns.drop("run")]]
+
+# %% ../../nbs/lab/results.ipynb #b251727b
+def spread(
+    values: pd.Series,  # of the runs, one each; missing ones do not count
+    digits: int,  # behind the point
+) -> str:
+    "Mean ± standard deviation; without one where there is one value or all are equal, nothing where there is none."
+    values = values.dropna()
+    if values.empty:
+        return ""
+    return f"{values.mean():,.{digits}f}" + (f" ± {values.std():,.{digits}f}" if len(values) > 1 and values.std() > 0 else "")

@@ -67,7 +67,7 @@ def ghost_batches(
     sizes = [count // number + (index < count % number) for index in range(number)]
     return [(part, part / count) for part in sizes]
 
-# %% ../../nbs/lab/train.ipynb #a5b28c1c
+# %% ../../nbs/lab/train.ipynb #3e3508b3
 @dataclass
 class Loop:
     "Where training stands."
@@ -87,6 +87,8 @@ class Loop:
     evaluated: nn.Module | None = field(default=None, repr=False)  # what rows measure: the model, or the average of it
     run: Run | None = field(default=None, repr=False)
     paused: Callable[[], AbstractContextManager] = field(default=nullcontext, repr=False)  # inside, the clock stands still
+    clip: Callable[[list[nn.Parameter]], Any] | None = field(default=None, repr=False)  # called on the parameters after each backward pass
+    guard: Any = field(default=None, repr=False)  # sees their gradients before `clip` does
 
     @property
     def epoch(self) -> float:
@@ -99,6 +101,10 @@ class Loop:
             self.batch = self.batches.draw()
         self.optimizer.zero_grad()
         values = [self._backward(x, y, weight) for x, y, weight in self._ghosts(*self.batch)]
+        if self.clip is not None:
+            if self.guard is not None:
+                self.guard.watch_gradients(self.step + 1)
+            self.clip([parameter for parameter in self.model.parameters() if parameter.grad is not None])
         self.gradient_evaluations += 1
         self.losses.append(values[0] if len(values) == 1 else torch.stack(values).sum())
         return self.losses[-1]
@@ -239,7 +245,7 @@ class Diverged(OneLineError, ArithmeticError):
         super().__init__(f"{what} is not finite at step {step}; try a smaller learning rate")
         self.what, self.step = what, step
 
-# %% ../../nbs/lab/train.ipynb #5a1bf940
+# %% ../../nbs/lab/train.ipynb #77ab62a1
 def largest(gradients: list[Tensor]) -> Sequence[Tensor]:
     "The largest absolute value in each gradient, NaN if there is a NaN; no wait for the device."
     if gradients and gradients[0].is_cuda:
@@ -257,10 +263,17 @@ class Guard:
 
     def watch(self, loop: Loop) -> None:
         "Take down the losses and the largest gradients of the step that was taken; look when it is time."
+        self._take_down(loop.step, loop.losses)
+
+    def watch_gradients(self, step: int) -> None:
+        "Take down the largest gradients as they are, before they are clipped."
+        self._take_down(step, [])
+
+    def _take_down(self, step: int, losses: list[Tensor]) -> None:
         graded = [(name, value.grad) for name, value in self.parameters if value.grad is not None and value.numel()]
-        names = [f"the gradient of '{name}'" for name, _ in graded] + ["the loss"] * len(loop.losses)
+        names = [f"the gradient of '{name}'" for name, _ in graded] + ["the loss"] * len(losses)
         numbers = largest([gradient for _, gradient in graded])
-        self.pending.append((loop.step, names, torch.stack([*numbers, *loop.losses])))
+        self.pending.append((step, names, torch.stack([*numbers, *losses])))
         if len(self.pending) >= self.patience:
             self.look()
 
@@ -372,7 +385,7 @@ def completed(loop: Loop, ledger: Ledger, evaluated: nn.Module, run: Run | None)
         run.finish(evaluated, history, status="fitted", train_seconds=round(ledger.seconds, 3), **last)
     return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated, loop.stopped)
 
-# %% ../../nbs/lab/train.ipynb #7c9a8f1d
+# %% ../../nbs/lab/train.ipynb #908e5a54
 def parts_by(ghosts: int | Callable[[int], Parts] | None, model: nn.Module, batches: Batches) -> Callable[[int], Parts] | None:
     "The rule for ghost batches. ValueError where one of them is a single image and the net has BatchNorm, which has no statistics there."
     if ghosts is not None and not callable(ghosts):
@@ -395,6 +408,7 @@ def fit(
     last: str = "drop",  # what becomes of the images that do not fill a batch: "drop", or "keep" them as a smaller one
     ghosts: int | Callable[[int], Parts] | None = None,  # the size of ghost batches, or a rule for them; None: the whole batch at once
     around_ghost: Callable[[], AbstractContextManager] = nullcontext,  # entered for each ghost batch, forward and backward
+    clip: Callable[[list[nn.Parameter]], Any] | None = None,  # of the gradients after each backward pass: partial(nn.utils.clip_grad_norm_, max_norm=5), say
     eval_batch_size: int = 1000,
     loss: Callable = F.cross_entropy,  # mean over a batch
     seed: int = 0,  # of the order of the minibatches, of augmentation and of dropout
@@ -419,7 +433,7 @@ def fit(
     epoch, end = len(batches), epochs * len(batches)  # in steps
     parts = parts_by(ghosts, model, batches)
     evaluated, ledger, guard = model if average is None else average.module, Ledger(device), Guard(model, device)
-    loop = Loop(model, optimizer, batches, images, loss, parts, around_ghost, evaluated=evaluated, run=run, paused=ledger.paused)
+    loop = Loop(model, optimizer, batches, images, loss, parts, around_ghost, evaluated=evaluated, run=run, paused=ledger.paused, clip=clip, guard=guard)
     kept = dict(model=model, optimizer=optimizer, schedule=schedule, average=average, loop=loop, ledger=ledger)
     kept |= {f"callback {i}": callback for i, callback in enumerate(callbacks)}
     keeper = Keeper(run, {name: part for name, part in kept.items() if part is not None}, device)

@@ -84,6 +84,7 @@ def varied(
     *,
     bare: Mapping[str, dict],  # what words without "=" stand for
     fixed: Iterable[str] = (),  # parameters that are the same for all runs
+    others: Iterable[str] = (),  # words that mean something to the caller, for the message
     parameter: str = "runs",  # where the word was given
 ) -> Values:
     "The values of the run called `word`. ParameterError in one line where it says nothing that can be."
@@ -95,7 +96,7 @@ def varied(
             changes |= bare[name]
             continue
         if name not in names:
-            raise ParameterError(f"parameter {parameter!r}: {no_such('run or parameter', name, [*bare, *names])}")
+            raise ParameterError(f"parameter {parameter!r}: {no_such('run or parameter', name, [*bare, *others, *names])}")
         kind = type(changes[name])
         try:
             changes[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)

@@ -3,8 +3,9 @@
     python results/gather.py entropy_sgd runs/mnistfc-* runs/lenet-*
     python results/gather.py smoothout runs/smoothout-f1 runs/smoothout-digits
     python results/gather.py sharpest_directions runs/cifar10_small runs/fashion_small runs/digits
+    python results/gather.py bayesian_compression runs/bayes_digits runs/lenet_300_100 runs/lenet5_caffe
 
-A run of the sharpest directions has a third table, NAME_overshoots.csv: what steps along single directions did.
+Some have a third table: NAME_overshoots.csv, what steps along single directions did; NAME_scores.csv, the scores of all groups along the first run of a method.
 
 Diverged runs are rows too. Two runs of one experiment and method that differ in more than the seed are refused, and so is a seed that comes twice: a mean over
 them would mean nothing.
@@ -32,6 +33,8 @@ PROTOCOL = {  # what must be the same in all runs of an experiment and method
                   "clip", "validation", "sharpness_examples"],
     "sharpest_directions": ["model", "data_seed", "epochs", "batch_size", "lr", "lr_schedule", "momentum", "nesterov", "weight_decay", "gamma", "outside", "nudge_from", "k", "every",
                             "sample", "mode", "directions", "refresh", "normalised", "statistics", "augment", "examples", "plateau", "stop", "look", "look_k", "look_every", "look_steps"],
+    "bayesian_compression": ["prior", "tau", "group", "logvar", "max_std", "kl_weight", "warm_up", "pretrain", "epochs", "batch_size", "lr", "logvar_lr", "scale_lr", "clip", "keep", "penalty",
+                             "widths", "augment", "dataset", "thresholds", "rounding"],
 }  # fmt: skip
 MEASURED = {  # what a run came to, beyond the facts
     "entropy_sgd": [],
@@ -39,10 +42,13 @@ MEASURED = {  # what a run came to, beyond the facts
                   "uniform_sharpness", "filter_sharpness", "top_eigenvalue", "trace", "trace_error", "train_loss_there"],
     "sharpest_directions": ["val_error", "val_loss", "best_test_error", "best_val_error", "clean_train_loss", "clean_train_error", "peak", "last_lambda_1", "distance", "frobenius",
                             "frobenius_error", "frobenius_root", "best_frobenius", "best_frobenius_error", "best_frobenius_root"],
+    "bayesian_compression": ["means_error", "pruned_error", "kl", "kept_widths", "layer_bits", "fractions", "structured_factor", "unstructured_factor", "bits_factor", "file_bytes", "deflated_bytes",
+                             "other_rounding_error", "other_rounding_bits", "published_error", "published_architecture", "published_bits"],
 }  # fmt: skip
 ALONG = {  # what a run wrote on its way: file, and the columns that are kept
     "entropy_sgd": {"history": CURVES},
     "smoothout": {"history": CURVES},
+    "bayesian_compression": {"history": [*CURVES, "kl"], "scores": ["epoch", "layer", "group", "score"]},
     "sharpest_directions": {
         "history": [column for column in CURVES if not column.startswith("test")] + WATCHED,
         "overshoots": ["at_step", "epoch", "direction", "gradient", "factor", "loss", "change", "predicted_change"],
@@ -58,6 +64,16 @@ def refuse_a_mixture(table: pd.DataFrame, protocol: list[str]) -> None:
                 sys.exit(f"{' '.join(name)}: runs with {column} = {' and '.join(map(str, rows[column].unique()))}; gather one protocol at a time")
         if rows["seed"].duplicated().any():
             sys.exit(f"{' '.join(name)}: seed {rows['seed'][rows['seed'].duplicated()].iloc[0]} comes twice; name each run once")
+
+
+def few(rows: pd.DataFrame) -> pd.DataFrame:
+    "Of the scores those that the page draws: of the first layer, along the first run of each method without changes, at six epochs."
+    rows = rows[~rows["method"].str.contains("+", regex=False)]
+    rows = rows[rows["seed"] == rows.groupby(KEY[:2])["seed"].transform("min")]
+    rows = rows[rows["layer"] == rows.groupby(KEY[:2])["layer"].transform("first")]
+    place = rows.groupby(KEY[:2])["epoch"].rank("dense") - 1
+    last = place.groupby([rows[key] for key in KEY[:2]]).transform("max")
+    return rows[[at in {round(part * end / 5) for part in range(6)} for at, end in zip(place, last)]]
 
 
 def rows_of(runs: list[Path], file: str) -> pd.DataFrame:
@@ -76,12 +92,15 @@ def main(
     table = load(runs)
     if table.empty:
         sys.exit(f"there is no run in {' '.join(map(str, runs))}; give folders that papermill wrote with -p out")
+    if "run_" in table:  # the word that called the run; its own column `method` is a parameter
+        table["method"] = table["run_"]
     table = table[table["status"].isin(["fitted", "finished", "diverged"])]  # fitted: trained to the end, its notebook not
     refuse_a_mixture(table, PROTOCOL[name])
     columns = [*KEY, *FACTS, *MEASURED[name], *PROTOCOL[name]]
     frames = {name: table.reindex(columns=columns).sort_values(KEY)}
     for part, kept in ALONG[name].items():
         rows = rows_of(runs, f"{part}.csv").merge(table[["run", *KEY]], on="run")
+        rows = few(rows) if part == "scores" else rows
         frames[f"{name}_{'curves' if part == 'history' else part}"] = rows.reindex(columns=[*KEY, *kept]).sort_values([*KEY, kept[0]], kind="stable")
     for title, frame in frames.items():
         with written_whole(HERE / f"{title}.csv") as file:

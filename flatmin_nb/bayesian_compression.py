@@ -595,7 +595,7 @@ def load_compressed(
         raise BayesError(f"'{file}' is of another net: {unlike[0]!r} is in one of the two alone; give the architecture that was compressed")
     return small.eval()
 
-# %% ../nbs/05_bayesian_compression.ipynb #2abc4804
+# %% ../nbs/05_bayesian_compression.ipynb #23b7bf2a
 @torch.no_grad()
 def compress(
     net: nn.Module,  # with Bayesian layers, trained; it stays as it is
@@ -614,8 +614,9 @@ def compress(
 
     rows = sparsity(plain, given, example).drop("total").assign(axis=None, threshold=math.nan, groups_kept=pd.NA, fraction=pd.NA, bits=32)
     for name, layer in bayesian_layers(net).items():
-        weight, mask = plain.get_submodule(name).weight, carried.get(f"{name}.weight", torch.tensor(True))
-        bits = fraction_bits(layer.variance()[mask.expand_as(layer.weight)], rounding)
+        weight = plain.get_submodule(name).weight
+        mask = carried.get(f"{name}.weight", torch.tensor(True)).to(weight.device).expand_as(weight)
+        bits = fraction_bits(layer.variance()[mask], rounding)
         weight.copy_(rounded(weight * mask, bits))
         facts = dict(axis=layer.group, threshold=chosen[name], groups_kept=int((layer.scale.score() < chosen[name]).sum()), fraction=bits, bits=fixed_point(weight, bits).bits)
         for column, value in facts.items():

@@ -30,17 +30,26 @@ def papermill(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return call
 
 
-@pytest.fixture
-def small_mnist(tmp_path) -> Path:
-    "mnist.safetensors in tmp_path, of the right form and with its checksum beside it, with a few images of noise."
+def noise_in_place_of(name: str, image: tuple[int, int, int], folder: Path) -> Path:
+    "NAME.safetensors of the right form and with its checksum beside it, with a few images of noise."
     random = torch.Generator().manual_seed(0)
-    shapes = {"images": (64, 1, 28, 28), "labels": (64,)}
+    shapes = {"images": (64, *image), "labels": (64,)}
     tensors = {
         f"{split}_{part}": torch.randint(10, shape, dtype=torch.uint8, generator=random)
         for split in ("train", "test") for part, shape in shapes.items()
     }  # fmt: skip
-    write(tmp_path / "mnist.safetensors", tensors)
-    return tmp_path / "mnist.safetensors"
+    write(folder / f"{name}.safetensors", tensors)
+    return folder / f"{name}.safetensors"
+
+
+@pytest.fixture
+def small_mnist(tmp_path) -> Path:
+    return noise_in_place_of("mnist", (1, 28, 28), tmp_path)
+
+
+@pytest.fixture
+def small_cifar10(tmp_path) -> Path:
+    return noise_in_place_of("cifar10", (3, 32, 32), tmp_path)
 
 
 def state(model: nn.Module) -> list:

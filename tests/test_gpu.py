@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from flatmin_nb.bayesian_compression import ELBO, Caps, ScoreTrail, bayesian, compress, load_compressed, parameter_groups, posterior_mean
 from flatmin_nb.entropy_sgd import EntropySGD
 from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.results import Run
@@ -129,3 +130,18 @@ def test_a_perturbed_step_does_not_wait_and_gives_the_weights_back(wrap):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before))
+
+
+@pytest.mark.parametrize("prior", ["normal_jeffreys", "horseshoe", "gaussian"])
+def test_a_net_is_compressed_there_and_read_back_here(prior, tmp_path):
+    digits = scaled(load("digits"), centre=127.5, scale=127.5).to("cuda")
+    net = bayesian(small_net().cuda(), prior=prior, max_std=0.5)
+    elbo = ELBO(net, len(digits.train_labels), warm_up=5)
+    fit(net, torch.optim.Adam(parameter_groups(net, 1e-2, 1e-2)), digits, epochs=2, loss=elbo, callbacks=[elbo, Caps(), ScoreTrail()], progress=False)
+    made = compress(net, digits.test_images, digits.test_labels)
+    assert next(made.model.parameters()).is_cuda and math.isfinite(made.factors["bits"])
+    here = compress(net.cpu(), digits.test_images.cpu(), digits.test_labels.cpu())
+    assert here.factors == made.factors
+    made.save(tmp_path / "net.safetensors")
+    again = load_compressed(tmp_path / "net.safetensors", posterior_mean(net), digits.test_images[:1].cpu())
+    torch.testing.assert_close(again(digits.test_images.cpu()), made.model(digits.test_images).cpu(), rtol=1e-4, atol=1e-4)

@@ -27,6 +27,16 @@ def test_a_preset_on_mnist(papermill, small_mnist, tmp_path, experiment):
         assert record["tag"] == "7"  # text, though papermill passes a number
 
 
+@pytest.mark.parametrize("experiment", ["lenet_300_100", "lenet5_caffe", "tiny_allcnn", "channel_mean_mlp"])
+def test_a_preset_of_bayesian_compression(papermill, small_mnist, small_cifar10, tmp_path, experiment):
+    result = papermill(f"experiment={experiment}", "epochs=2", "batch_size=32", "look=1", "runs=bayes dense", "pretrain=1", notebook="05_bayesian_compression", FLATMIN_DATA=str(tmp_path))
+    assert result.returncode == 0, result.stderr[-2000:]
+    records = {path.parent.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/0/run.json")}
+    assert {method: record["status"] for method, record in records.items()} == {"bayes": "finished", "dense": "finished"}
+    assert records["bayes"]["summary"]["structured_factor"] == 1 and records["bayes"]["summary"]["file_bytes"] > 1000
+    assert records["bayes"]["parameters"]["experiment"] == experiment and records["bayes"]["summary"]["gradient_evaluations"] == 4
+
+
 def test_one_step_of_allcnn():
     x, y = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
     images = ImageSet("noise", x, y, x[:0], y[:0], x, y, num_classes=10)
@@ -38,7 +48,7 @@ def test_one_step_of_allcnn():
     assert result.history[["train_loss", "test_loss"]].notna().all(axis=None)
 
 
-@pytest.mark.parametrize("name", ["01_flatness", "02_entropy_sgd", "03_smoothout", "04_sharpest_directions"])
+@pytest.mark.parametrize("name", ["01_flatness", "02_entropy_sgd", "03_smoothout", "04_sharpest_directions", "05_bayesian_compression"])
 def test_the_parameters_cell_shows_the_first_preset(name):
     "`check` tells by it what the user left alone, so the two must not drift apart."
     sources = ["".join(cell["source"]) for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]]

@@ -95,9 +95,25 @@ def _copied(model: nn.Module) -> nn.Module:
             prune.remove(module, name)
     return made
 
-# %% ../../nbs/lab/pruning.ipynb #22940845
+# %% ../../nbs/lab/pruning.ipynb #8c6ba80a
+_WRITING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def _written(function: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _Proxy(fx.Proxy):
+    "Tells `x += y`, which writes into x, from `x + y`; to fx itself both are the second."
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(_written, _WRITING)
+
+
 class _Tracer(fx.Tracer):
     "Opens the containers, and no module without children."
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         if type(module) is nn.Sequential:  # an empty one too, which is how some write a shortcut
@@ -271,7 +287,7 @@ def _moved(node: fx.Node, module: nn.Module | None) -> tuple[Tensor, bool] | Non
             return found
     return None
 
-# %% ../../nbs/lab/pruning.ipynb #ce7a34c5
+# %% ../../nbs/lab/pruning.ipynb #3d3885c2
 def _module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
     "The module that the operation calls, if it calls one."
     return modules[node.target] if node.op == "call_module" else None
@@ -291,8 +307,7 @@ def _in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    augmented = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
-    return node.target in augmented or name.endswith("_") and not name.endswith("__")
+    return node.target in _WRITING or name.endswith("_") and not name.endswith("__")
 
 
 def _alone(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

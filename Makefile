@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install run test lab docs clean
+.PHONY: help install run test lab docs diary clean
 
 PYTHON ?=                    # the interpreter that .venv is made with; empty: the first of CANDIDATES that will do
 CANDIDATES := python3 python3.13 python3.12 python3.11
@@ -25,6 +25,7 @@ help:
 	@echo "make test   every check: clean and exported notebooks, the notebooks themselves, the site's pages, tests/"
 	@echo "make lab    Jupyter Lab on the notebooks"
 	@echo "make docs   the site, in _docs/ (needs Quarto)"
+	@echo "make diary  a new entry of the lab diary, from its template: make diary TITLE='What does the warm-up change?'"
 	@echo "make clean  takes away what make made, but for runs/"
 	@echo "PYTHON=/path/to/python3.12 names the Python of .venv; make -B TARGET does it again though nothing has changed"
 
@@ -98,6 +99,11 @@ _docs/index.html: $(INPUTS) .venv/installed.stamp
 	@touch $@
 
 docs: _docs/index.html
+
+# the title reaches Python through the environment, as it was given: neither make nor the shell reads it
+diary: override export TITLE := $(value TITLE)
+diary: .venv/installed.stamp
+	@$(BIN)/python house/diary.py "$$TITLE"
 
 clean:
 	rm -rf .venv _docs _proc build flatmin_nb.egg-info nbs/nbdev.yml .pytest_cache .ruff_cache

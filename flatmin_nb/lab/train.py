@@ -385,7 +385,7 @@ def completed(loop: Loop, ledger: Ledger, evaluated: nn.Module, run: Run | None)
         run.finish(evaluated, history, status="fitted", train_seconds=round(ledger.seconds, 3), **last)
     return Fit(history, "fitted", loop.step, loop.gradient_evaluations, ledger.seconds, evaluated, loop.stopped)
 
-# %% ../../nbs/lab/train.ipynb #908e5a54
+# %% ../../nbs/lab/train.ipynb #27ab3746
 def parts_by(ghosts: int | Callable[[int], Parts] | None, model: nn.Module, batches: Batches) -> Callable[[int], Parts] | None:
     "The rule for ghost batches. ValueError where one of them is a single image and the net has BatchNorm, which has no statistics there."
     if ghosts is not None and not callable(ghosts):
@@ -410,7 +410,7 @@ def fit(
     around_ghost: Callable[[], AbstractContextManager] = nullcontext,  # entered for each ghost batch, forward and backward
     clip: Callable[[list[nn.Parameter]], Any] | None = None,  # of the gradients after each backward pass: partial(nn.utils.clip_grad_norm_, max_norm=5), say
     eval_batch_size: int = 1000,
-    loss: Callable = F.cross_entropy,  # mean over a batch
+    loss: Callable = F.cross_entropy,  # mean over a batch; one that is a Callback too is called as one
     seed: int = 0,  # of the order of the minibatches, of augmentation and of dropout
     replacement: bool = False,  # draw each minibatch from the whole set
     augment: CropFlip | ShiftFlip | FileCrop | None = None,  # of the batches; or what has their methods
@@ -429,6 +429,7 @@ def fit(
 ) -> Fit:
     "Train `model`, or go on where `run` stopped. Raises Diverged, and records it, at a number that is not finite."
     device = images.train_images.device
+    callbacks = [loss, *callbacks] if isinstance(loss, Callback) and not any(loss is callback for callback in callbacks) else callbacks
     batches = Batches(images.train_images, images.train_labels, batch_size, seed=seed, replacement=replacement, last=last, augment=augment)
     epoch, end = len(batches), epochs * len(batches)  # in steps
     parts = parts_by(ghosts, model, batches)

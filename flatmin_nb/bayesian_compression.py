@@ -96,11 +96,11 @@ class NormalJeffreys(nn.Module):
         "[groups]: log alpha, the noise of a scale over its signal. Large: the group can go."
         return self.logvar - torch.log(self.mean.square() + 1e-8)
 
-# %% ../nbs/05_bayesian_compression.ipynb #45ea8bfb
+# %% ../nbs/05_bayesian_compression.ipynb #8b3d052f
 class Horseshoe(nn.Module):
     "A scale z = s t per group, s ~ C+(0, tau) of the layer, t ~ C+(0, 1) of the group; log-normal posteriors (arXiv 1705.08665, section 4.2)."
 
-    between, usual = (0.0, 6.0), math.log(10)  # as above; the mode of z is a tenth
+    between, usual = (0.0, math.inf), math.log(10)  # as above: at a mode of z of a tenth; how small a live scale may be differs from layer to layer
 
     def __init__(
         self,

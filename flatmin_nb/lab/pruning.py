@@ -120,7 +120,7 @@ class _Tracer(fx.Tracer):
             return False
         return not any(True for _ in module.children()) or super().is_leaf_module(module, path)
 
-
+# %% ../../nbs/lab/pruning.ipynb #54d46322
 class _Shapes(fx.Interpreter):
     "Runs the network, and notes the shape of the tensor that each operation gives; None where it is no tensor."
 

@@ -9,7 +9,7 @@ __all__ = ['K1', 'K2', 'K3', 'PRIORS', 'KINDS', 'BayesError', 'gaussian_kl', 'je
            'cap_variances', 'posterior_mean', 'ELBO', 'Caps', 'parameter_groups', 'scores', 'gap', 'LiveUnits',
            'thresholds_of', 'masks', 'fraction_bits', 'Compression', 'load_compressed', 'compress', 'ScoreTrail']
 
-# %% ../nbs/05_bayesian_compression.ipynb #589c6df0
+# %% ../nbs/05_bayesian_compression.ipynb #8f1f0807
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .lab.errors import OneLineError, check_number, check_whole, no_such
 from .lab.packing import fixed_point, load_packed, rounded, save_packed
-from .lab.pruning import Cut, Select, cut, cuts, propagated, prune_, sparsity
+from .lab.pruning import Cut, PruningError, Select, cut, cuts, propagated, prune_, sparsity
 from .lab.train import Callback, Loop, evaluate
 
 # %% ../nbs/05_bayesian_compression.ipynb #315483e3
@@ -348,13 +348,13 @@ def _refuse_unfit(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and inside:  # its fast path passes the layers by
             raise BayesError(f"{name!r} reads the weights of {inside!r} itself; leave its layers out by the pattern `layers`")
 
-# %% ../nbs/05_bayesian_compression.ipynb #31973bca
+# %% ../nbs/05_bayesian_compression.ipynb #9966d4ef
 def bayesian(
     model: nn.Module,  # with Linear and Conv1d to 3d layers; it stays as it is
     *,
     prior: str = "normal_jeffreys",  # or "horseshoe", "gaussian"
     group: str | Mapping[str, str] | None = None,  # "inputs" or "outputs", or by pattern of names; None: inputs of Linear, outputs of convolutions
-    max_std: float | Mapping[str, float] = math.inf,  # of the weights, or by pattern of names: {"hidden1*": 0.2}
+    max_std: float | Mapping[str, float] = math.inf,  # of the weights, or by pattern of names: {"hidden1*": 0.2}; kept by `cap_variances`, called after each step
     logvar: float = -9.0,  # of all posteriors, at first
     tau: float = 1e-5,  # scale of the horseshoe's half-Cauchy prior of each layer
     layers: str = "*",  # pattern of the names of the layers to convert
@@ -522,7 +522,7 @@ def gap(
     place = widths.argmax()
     return ((edges[place] + edges[place + 1]) / 2).item(), widths[place].item()
 
-# %% ../nbs/05_bayesian_compression.ipynb #1d7fcb61
+# %% ../nbs/05_bayesian_compression.ipynb #8a56375f
 class LiveUnits(UserWarning):
     "A threshold cuts groups that are alive: their scores are below the usual threshold of their prior."
 
@@ -539,7 +539,7 @@ def thresholds_of(net: nn.Module, asked: str | float | Sequence[float] | Mapping
         if unlike := sorted(asked.keys() ^ found.keys()):
             raise BayesError(f"thresholds: {no_such('Bayesian layer', unlike[0], found)}" if unlike[0] not in found else f"thresholds: there is none for the layer {unlike[0]!r}; give it one")
         return {name: float(asked[name]) for name in found}
-    values = list(asked) if isinstance(asked, Sequence) else [asked] * len(found)
+    values = [asked] * len(found) if isinstance(asked, (int, float)) else list(asked)
     if len(values) != len(found):
         raise BayesError(f"thresholds: {len(values)} numbers for {len(found)} Bayesian layers ({', '.join(found)}); give one for each, or one for all")
     return dict(zip(found, map(float, values)))
@@ -635,7 +635,7 @@ def load_compressed(
     small.load_state_dict(tensors, strict=False)
     return small.eval()
 
-# %% ../nbs/05_bayesian_compression.ipynb #b5b53b9c
+# %% ../nbs/05_bayesian_compression.ipynb #fcd9a4d3
 @torch.no_grad()
 def compress(
     net: nn.Module,  # with Bayesian layers, trained; it stays as it is
@@ -651,7 +651,10 @@ def compress(
     chosen, example = thresholds_of(net, thresholds), images[:1]
     plain = posterior_mean(net).eval()
     given = masks(net, chosen)
-    carried, keeps = propagated(plain, given, example), cuts(plain, given, example)
+    try:
+        carried, keeps = propagated(plain, given, example), cuts(plain, given, example)
+    except PruningError as trouble:
+        raise PruningError(f"{trouble}; the thresholds were {', '.join(f'{name} {value:.3g}' for name, value in chosen.items())}, give higher ones") from None
     errors = {"means": evaluate(plain, images, labels)[1], "pruned": evaluate(_cut_down(plain, carried, keeps, example), images, labels)[1]}
 
     rows = sparsity(plain, given, example).drop("total").assign(axis=None, threshold=math.nan, groups_kept=pd.NA, fraction=pd.NA, bits=32)

@@ -748,6 +748,15 @@ def test_the_posterior_of_a_linear_model_is_its_curvature():
 # ---- the page ----
 
 
+def test_the_page_without_a_bayesian_run_and_with_one_of_which_nothing_is_left(papermill, tmp_path):
+    result = papermill("epochs=1", "look=1", "runs=dense bayes", "thresholds=-20", notebook="05_bayesian_compression")
+    assert result.returncode == 0, result.stderr[-2000:]
+    records = {path.parent.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/0/run.json")}
+    assert {method: record["status"] for method, record in records.items()} == {"bayes": "finished", "dense": "finished"}
+    assert "the thresholds were hidden1.layer -20" in records["bayes"]["summary"]["reason"] and records["bayes"]["summary"]["test_error"] is None
+    assert papermill("epochs=1", "look=1", "runs=dense", "overwrite=True", notebook="05_bayesian_compression").returncode == 0
+
+
 @pytest.mark.parametrize(
     "parameters, words",
     [
@@ -759,7 +768,7 @@ def test_the_posterior_of_a_linear_model_is_its_curvature():
         (["max_std=fc1*:0.2", "runs=bayes", "epochs=1"], ["max_std: no layer 'fc1*'"]),
         (["batch_size=5000"], ["more than the 1297 training images"]),
         (["thresholds=gaps"], ["parameter 'thresholds' = 'gaps'"]),
-        (["thresholds=-2.8 -3", "runs=bayes", "epochs=1"], ["2 numbers for 3 Bayesian layers"]),
+        (["thresholds=-2.8 -3"], ["parameter 'thresholds' = '-2.8 -3'", "2 numbers for 3 Bayesian layers"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(papermill, tmp_path, parameters, words):

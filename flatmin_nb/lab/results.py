@@ -164,12 +164,14 @@ def refuse_to_lose(
 ) -> None:
     "Raise FolderError unless `record` is of an unfinished run with the same parameters."
     remedy = "give overwrite=True to replace it, or choose another folder"
-    if record["status"] not in UNFINISHED:
-        raise FolderError(f"'{folder}' holds a run that is {record['status']}; {remedy}")
-    theirs = record["parameters"]
+    theirs, unlike = record["parameters"], ""
     for name in [*parameters, *theirs]:
-        if (then := theirs.get(name, "not given")) != (now := parameters.get(name, "not given")):
-            raise FolderError(f"'{folder}' holds an unfinished run with {name} = {then}, not {now}; {remedy}")
+        if not unlike and (then := theirs.get(name, "not given")) != (now := parameters.get(name, "not given")):
+            unlike = f"{name} = {then}, not {now}"
+    if record["status"] not in UNFINISHED:
+        raise FolderError(f"'{folder}' holds a run that is {record['status']}{', with ' * bool(unlike)}{unlike}; {remedy}")
+    if unlike:
+        raise FolderError(f"'{folder}' holds an unfinished run with {unlike}; {remedy}")
 
 # %% ../../nbs/lab/results.ipynb #b1c7db9f
 def ended(

@@ -703,7 +703,7 @@ def test_runs_of_the_notebook_are_read_back_and_replaced(page):
     assert all(weights[f"sgd/{seed}"] == weights[f"gamma=1/{seed}"] != weights[f"gamma=0.1/{seed}"] for seed in (0, 1)) and weights["sgd/0"] != weights["sgd/1"]
     spent = {name: record["summary"]["gradient_evaluations"] for name, record in records().items()}
     assert spent["sgd/0"] == spent["gamma=1/0"] == 16 < spent["gamma=0.1/0"]  # 1038 images in batches of 64
-    with pytest.raises(OneLineError, match="finished; give overwrite"):
+    with pytest.raises(OneLineError, match="finished, with lr = 0.3, not 0.1; give overwrite"):
         page(runs="sgd", epochs=1, lr=0.1)
 
 

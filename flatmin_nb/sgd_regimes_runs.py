@@ -860,14 +860,14 @@ def arrays(value: Any) -> Any:
         return {name: arrays(part) for name, part in value.items()}
     return value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else value
 
-# %% ../nbs/sgd_regimes_runs.ipynb #a14518f6
+# %% ../nbs/sgd_regimes_runs.ipynb #b26fdacf
 def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], diary: Diary, kept: Callable[[], None]) -> dict:
     "Gradient flow to its end; what became of it."
     crossed, F, began = Crossings([level * diary.unit for level in loss_levels(s.ckpt_modulo)], diary.unit), torch.zeros(len(sets.y), dtype=torch.float64), time.monotonic()
     initial = {name: part.double() for name, part in initial.items()}
     diary.add(0.0, 0, initial, F, "start")
     found, step = None, 0
-    for step, found in enumerate(gradient_flow(net, s.loss, sets.x, sets.y, initial, alpha=s.alpha, tolerance=s.gf_tol, longest=s.gf_maxdt), 1):
+    for step, found in enumerate(gradient_flow(net, s.loss, sets.x, sets.y, initial, alpha=s.alpha, tolerance=s.gf_tol, longest=s.gf_maxdt, margin=min(1.0, s.mind_stop)), 1):
         u = s.alpha * found.outputs * sets.y
         over = dict(status="fitted", stopped="zero loss") if u.min() >= 1 or found.loss <= LOSSES[s.loss].enough else None
         over = over or (dict(status="fitted", stopped="margin") if u.min() >= s.mind_stop else None)

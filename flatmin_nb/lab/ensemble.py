@@ -598,7 +598,7 @@ class Ensemble:
         self.stack = None if state["stack"] is None else Stack.of({name: part.to(self.device) for name, part in state["stack"].items()})
         self.queue, self.rows, self.history, self.seconds = (copy.copy(state[name]) for name in ("queue", "rows", "history", "seconds"))
 
-# %% ../../nbs/lab/ensemble.ipynb #c03361cf
+# %% ../../nbs/lab/ensemble.ipynb #bc14f77e
 @dataclass
 class Flow:
     "Where a gradient flow stands."
@@ -622,8 +622,9 @@ def gradient_flow(
     tolerance: float = 1e-5,  # relative, of a step; a hundredth of it absolute
     longest: float = math.inf,  # step
     until: float = math.inf,  # time
+    margin: float = 1.0,  # of all examples, at which it ends
 ) -> Iterator[Flow]:
-    "The states of dw/dt = -∇L after each step of the integrator. The last one is that at which α times the loss has come to its end, where it does before `until`."
+    "The states of dw/dt = -∇L after each step of the integrator. The last one is that at which all examples have the margin, or the squared error is 1e-9 of an example, where that comes before `until`."
     rule, names = LOSSES[loss], list(initial)
     tree = lambda flat: {name: part.view(initial[name].shape) for name, part in zip(names, flat.split([initial[name].numel() for name in names]))}
     flat = lambda weights: torch.cat([weights[name].double().flatten() for name in names])
@@ -639,7 +640,7 @@ def gradient_flow(
 
     def left(w: Any) -> float:  # positive until the end
         u = margins(w)
-        return float(1 - u.min()) if rule.ends else float(rule.value(u).mean() - rule.enough)
+        return float(margin - u.min()) if rule.ends or margin < 1 else float(rule.value(u).mean() - rule.enough)
 
     def state(t: float, w: Any) -> Flow:
         weights = tree(torch.tensor(w))
@@ -651,6 +652,8 @@ def gradient_flow(
     while solver.status == "running":
         if message := solver.step():
             raise EnsembleError(f"the gradient flow stops at t = {solver.t:g}: {message.rstrip('.').lower()}; take a smooth loss (softhinge, quadhinge) or a larger tolerance")
+        if not math.isfinite(solver.t):
+            raise EnsembleError(f"the gradient flow has stopped moving before all examples have the margin {margin:g}; ask for a smaller margin, or give `until`")
         if left(solver.y) <= 0:
             path = solver.dense_output()
             end = brentq(lambda t: left(path(t)), solver.t_old, solver.t, xtol=1e-12, rtol=1e-12) if left(path(solver.t_old)) > 0 else solver.t

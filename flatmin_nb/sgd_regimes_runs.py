@@ -1003,7 +1003,7 @@ def _with_options(function: Callable) -> Callable:
     function.__annotations__ = {name: parameter.annotation for name, parameter in function.__signature__.parameters.items()}
     return function
 
-# %% ../nbs/sgd_regimes_runs.ipynb #d088eb59
+# %% ../nbs/sgd_regimes_runs.ipynb #6a3075d7
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -1018,4 +1018,4 @@ def _command(
     "Train one run, and write its options and its results, two pickles, to a file."
     setting = Setting(**options)
     check_output(output, overwrite)
-    run_to_file(setting, output)
+    run_to_file(setting, output, typer.echo)

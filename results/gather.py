@@ -4,6 +4,9 @@
     python results/gather.py smoothout runs/smoothout-f1 runs/smoothout-digits
     python results/gather.py sharpest_directions runs/cifar10_small runs/fashion_small runs/digits
     python results/gather.py bayesian_compression runs/bayes_digits runs/lenet_300_100 runs/lenet5_caffe
+    python results/gather.py sgd_regimes runs/mnist runs/digits_map runs/perceptron
+
+A run of sgd_regimes is a sweep: sgd_regimes.csv has a row for each, sgd_regimes_EXPERIMENT.csv a row for each of its lanes, sgd_regimes_curves.csv the states on the way of the first seed of digits_map.
 
 Some have a third table: NAME_overshoots.csv, what steps along single directions did; NAME_scores.csv, the scores of all groups along the first run of a method.
 
@@ -14,11 +17,13 @@ them would mean nothing.
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.script import Param, call_parse
 
 from flatmin_nb.lab.results import load, run_folders, written_whole
 
+SWEPT = ["dataset", "arch", "act", "L", "h", "d", "loss", "dynamics", "bs", "pte", "sizes", "log2_temps", "log2_alphas", "chis", "seeds", "max_step", "grad_stats", "precision"]  # parameters of a sweep
 HERE = Path(__file__).parent
 KEY = ["experiment", "method", "seed"]
 WATCHED = ["val_loss", "val_error", *(f"{kind}_{i}" for kind in ("lambda", "cos_batch", "cos_full") for i in range(1, 6)), "lambda_residual", "overlap", "distance", "edge",
@@ -76,9 +81,38 @@ def few(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[[at in {round(part * end / 5) for part in range(6)} for at, end in zip(place, last)]]
 
 
+def sweeps(runs: list[Path]) -> dict[str, pd.DataFrame]:
+    "The tables of sgd_regimes. Exit in one line where a lane comes twice."
+    folders, records = run_folders(runs), load(runs)
+    records = records[records["status"] == "finished"].sort_values(["experiment", "L", "d", "sizes", "log2_temps", "chis"])
+    facts = [name for name in FACTS if name in records]
+    frames = {"sgd_regimes": records[["experiment", *SWEPT, "runs", "fitted", "unconverged", "diverged", "model_steps", *facts]].drop(columns=["resumed"])}
+    for experiment, group in records.groupby("experiment"):
+        lanes = pd.concat(pd.read_csv(folders[row["run"]] / "lanes.csv").assign(L=row["L"], d=row["d"]) for _, row in group.iterrows()).dropna(axis=1, how="all")
+        names = ["L", "d", "data_chi", "ptr", "alpha", "temp", "seed"]
+        if len(twice := lanes[lanes.duplicated(names)]):
+            sys.exit(f"{experiment}: a lane comes twice, {', '.join(f'{name} = {twice[name].iloc[0]}' for name in names)}; name each sweep once")
+        constant = [name for name in ("L", "d", "data_chi", "alpha", "ptr") if lanes[name].nunique() == 1]
+        frames[f"sgd_regimes_{experiment}"] = lanes[[*names, *lanes.columns.drop(names)]].sort_values(names).drop(columns=constant)
+    drawn = [row["run"] for _, row in records.iterrows() if row["experiment"] == "digits_map" and (folders[row["run"]] / "history.csv").exists()]
+    if drawn:
+        states = pd.concat(pd.read_csv(folders[name] / "history.csv") for name in drawn)
+        whole = (np.log2(states["temp"]) % 1 == 0) & (states["seed"] == states["seed"].min())
+        frames["sgd_regimes_curves"] = states[whole][["seed", "alpha", "temp", "step", "alpha_loss", "test_err", "weight_change"]]
+    return frames
+
+
 def rows_of(runs: list[Path], file: str) -> pd.DataFrame:
     "The rows of this file of every run that has it, with the name of the run."
     return pd.concat(pd.read_csv(folder / file).assign(run=name) for name, folder in run_folders(runs).items() if (folder / file).exists())
+
+
+def write(frames: dict[str, pd.DataFrame], five_digits) -> None:
+    "Write each table; where `five_digits` of its name, a little more is enough to draw."
+    for title, frame in frames.items():
+        with written_whole(HERE / f"{title}.csv") as file:
+            frame.to_csv(file, index=False, float_format="%.6g") if five_digits(title) else frame.round(6).to_csv(file, index=False)
+        print(f"results/{title}.csv: {len(frame)} rows")
 
 
 @call_parse
@@ -87,11 +121,13 @@ def main(
     runs: Param("folders with the records, at any depth", Path, nargs="+"),
 ):
     "Write the tables."
-    if name not in PROTOCOL:
-        sys.exit(f"no tables {name!r}; choose one of {', '.join(PROTOCOL)}")
+    if name not in [*PROTOCOL, "sgd_regimes"]:
+        sys.exit(f"no tables {name!r}; choose one of {', '.join([*PROTOCOL, 'sgd_regimes'])}")
     table = load(runs)
     if table.empty:
         sys.exit(f"there is no run in {' '.join(map(str, runs))}; give folders that papermill wrote with -p out")
+    if name == "sgd_regimes":
+        return write(sweeps(runs), five_digits=lambda title: title != name)
     if "run_" in table:  # the word that called the run; its own column `method` is a parameter
         table["method"] = table["run_"]
     table = table[table["status"].isin(["fitted", "finished", "diverged"])]  # fitted: trained to the end, its notebook not
@@ -102,7 +138,4 @@ def main(
         rows = rows_of(runs, f"{part}.csv").merge(table[["run", *KEY]], on="run")
         rows = few(rows) if part == "scores" else rows
         frames[f"{name}_{'curves' if part == 'history' else part}"] = rows.reindex(columns=[*KEY, *kept]).sort_values([*KEY, kept[0]], kind="stable")
-    for title, frame in frames.items():
-        with written_whole(HERE / f"{title}.csv") as file:
-            frame.round(6).to_csv(file, index=False, float_format=None if title == name else "%.5g")  # five digits are enough to draw
-        print(f"results/{title}.csv: {len(frame)} rows")
+    write(frames, five_digits=lambda title: title != name)

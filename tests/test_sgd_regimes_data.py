@@ -17,11 +17,11 @@ from scipy import special, stats
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from flatmin_nb import sgd_regimes
+from flatmin_nb import sgd_regimes_runs as sgd_regimes
 from flatmin_nb.lab import data
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.streams import key
-from flatmin_nb.sgd_regimes import RegimeError, Setting, app, depleted, examples, import_old, read_old, read_split, split, write_split
+from flatmin_nb.sgd_regimes_runs import RegimeError, Setting, app, depleted, examples, import_old, read_old, read_split, split, write_split
 
 SPLITS = Path(__file__).parent.parent / "results/sgd_regimes_splits"
 README = dict(dataset="mnist_parity", ptr=1024, pte=2048, arch="mlp", act="gelu", h=64, L=8, dynamics="sgd", alpha=1.0, dt=0.1, bs=64, max_wall=120.0)
@@ -466,7 +466,7 @@ LINE = "--dataset mnist_parity --ptr 1024 --pte 2048 --arch mlp --act gelu --h 6
 def called(monkeypatch) -> list:
     "What the command asks to be run."
     calls: list = []
-    monkeypatch.setattr(sgd_regimes, "run_to_file", lambda setting, output: calls.append((setting, output)), raising=False)
+    monkeypatch.setattr(sgd_regimes, "run_to_file", lambda setting, output, say: calls.append((setting, output)), raising=False)
     return calls
 
 
@@ -543,7 +543,7 @@ def test_no_permission(called, tmp_path):
 
 @pytest.mark.parametrize("error, status, said", [(KeyboardInterrupt(), 130, "stopped"), (RegimeError("two\nlines"), 1, "two lines"), (OSError(28, "No space left on device"), 1, "No space")])
 def test_what_goes_wrong_in_a_run_is_one_line(monkeypatch, tmp_path, error, status, said):
-    def run(setting, output):
+    def run(setting, output, say):
         raise error
 
     monkeypatch.setattr(sgd_regimes, "run_to_file", run, raising=False)

@@ -22,7 +22,7 @@ from flatmin_nb.lab.ensemble import Ensemble, Lanes
 from flatmin_nb.lab.scaled_nets import ScaledNet, scaled_net
 from flatmin_nb.lab.streams import key, subsets
 
-EXAMPLES = 256  # P
+EXAMPLES = 128  # P
 EAGER, COMPILED = 2.2, 2.5  # wanted of 32 lanes of the five-layer net
 
 
@@ -163,7 +163,7 @@ def perceptron(repeats: int, steps: int) -> None:
 def main(
     parts: str = "five_layers,perceptron",
     repeats: int = 5,
-    steps: int = 96,  # of each lane
+    steps: int = 64,  # of each lane
 ):
     "Print the tables."
     torch.set_num_threads(1)

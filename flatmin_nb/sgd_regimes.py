@@ -11,6 +11,6 @@ from .sgd_regimes_runs import RegimeError, Setting, app, examples, grid, import_
 # %% ../nbs/06_sgd_regimes.ipynb #109b2b18
 _all_ = ["RegimeError", "Setting", "app", "examples", "grid", "import_old", "net_of", "read_split", "run_to_file", "sweep"]  # what the machinery has for others
 
-# %% ../nbs/06_sgd_regimes.ipynb #27f8aa14
-if __name__ == "__main__":
+# %% ../nbs/06_sgd_regimes.ipynb #122f12d6
+if __name__ == "__main__" and __package__ == "flatmin_nb":  # not in the notebook
     app()

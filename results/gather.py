@@ -92,7 +92,7 @@ def sweeps(runs: list[Path]) -> dict[str, pd.DataFrame]:
         names = ["L", "d", "data_chi", "ptr", "alpha", "temp", "seed"]
         if len(twice := lanes[lanes.duplicated(names)]):
             sys.exit(f"{experiment}: a lane comes twice, {', '.join(f'{name} = {twice[name].iloc[0]}' for name in names)}; name each sweep once")
-        constant = [name for name in ("L", "d", "data_chi", "alpha", "ptr") if lanes[name].nunique() == 1]
+        constant = [name for name in ("data_chi", "alpha", "ptr") if lanes[name].nunique() == 1]
         frames[f"sgd_regimes_{experiment}"] = lanes[[*names, *lanes.columns.drop(names)]].sort_values(names).drop(columns=constant)
     drawn = [row["run"] for _, row in records.iterrows() if row["experiment"] == "digits_map" and (folders[row["run"]] / "history.csv").exists()]
     if drawn:

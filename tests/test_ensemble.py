@@ -104,7 +104,7 @@ def alone(way: str, lanes: Lanes, lane: int, net=NET, loss: str = "hinge", max_s
         factors = factors_of(way, lanes, lane, step, u.detach())
         total = (factors * rule.value(u)).sum() / alpha
         if regular is not None:
-            total = total + regular(weights, f(), before, y, alpha, (factors != 0) / (factors != 0).sum())
+            total = total + regular(weights, f(), before, y, alpha, (factors != 0).double() / (factors != 0).sum())
         gradients = torch.autograd.grad(total, list(weights.values()))
         with torch.no_grad():
             for part, gradient in zip(weights.values(), gradients):
@@ -168,7 +168,7 @@ def test_the_time_to_fit_is_exact_on_many_problems():
 def test_the_fast_path_equals_the_generic_one_in_float32(name, loss):
     options = {"mlp": (16, 2), "mlp_bias": (16, 2), "linear": (1, None), "diagonal_pair": (1, 2)}[name]
     lanes, ends = some(), {}
-    lanes = lanes if loss == "hinge" else Lanes(lanes.weights, lanes.batches, lanes.dt / 4 / lanes.alpha.clamp_min(1), lanes.alpha, lanes.rows)
+    lanes = lanes if loss == "hinge" else Lanes(lanes.weights, lanes.batches, lanes.dt / 40 / lanes.alpha.clamp_min(1), lanes.alpha, lanes.rows)
     for generic in (False, True):
         net = scaled_net(name, (10,), *options, activation="relu", generic=generic)
         last = Last()
@@ -179,7 +179,7 @@ def test_the_fast_path_equals_the_generic_one_in_float32(name, loss):
 
 
 def test_every_lane_has_its_own_limit():
-    limits = [3, 0, 50, 51, 4000]
+    limits = [3, 0, 17, 4000, 4000]
     rows = stack(some(), max_step=limits, levels=[0.5, 0.9]).run()
     assert [row["steps"] for row in rows[:3]] == limits[:3] and bare(rows)[3:] == bare(stack(some()).run())[3:]
     assert bare(rows)[:3] == [("unconverged", "steps", limit) for limit in limits[:3]]
@@ -270,7 +270,7 @@ def test_a_step_asks_the_device_for_nothing(monkeypatch):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_penalties_by_another_derivation(penalty, way):
     "Double backward passes of plain autograd; the whole batches of lanes are of different lengths."
-    lanes, strength, last = some(), 0.05, Last()
+    lanes, strength, last = lanes_of([0, 1, 2, 3], [0.002, 0.005, 0.001, 0.003], [1.0, 0.3, 4.0, 2.0], [12, 30, 20, 8]), 0.05, Last()
 
     def regular(weights, f, before, y, alpha, share):
         parts = list(weights.values())
@@ -361,9 +361,9 @@ def test_an_output_scale_that_float32_cannot_carry():
 @pytest.mark.parametrize(
     "options, parts",
     [
-        (dict(loss="hinges"), ("hinges", "quadhinge")),
+        (dict(loss="hinges"), ("no loss 'hinges'", "did you mean 'hinge'")),
         (dict(dynamics="gf"), ("gf", "gd_sde")),
-        (dict(penalty="l3"), ("l3", "norm_grad_loss")),
+        (dict(penalty="l3"), ("no penalty 'l3'",)),
         (dict(penalty="l2", centred=True), ("centred form has no penalty",)),
         (dict(batch_size=9), ("batch_size 9", "8 training examples")),
         (dict(batch_size=0), ("batch_size",)),

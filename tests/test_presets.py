@@ -48,7 +48,7 @@ def test_one_step_of_allcnn():
     assert result.history[["train_loss", "test_loss"]].notna().all(axis=None)
 
 
-@pytest.mark.parametrize("name", ["01_flatness", "02_entropy_sgd", "03_smoothout", "04_sharpest_directions", "05_bayesian_compression"])
+@pytest.mark.parametrize("name", ["01_flatness", "02_entropy_sgd", "03_smoothout", "04_sharpest_directions", "05_bayesian_compression", "06_sgd_regimes"])
 def test_the_parameters_cell_shows_the_first_preset(name):
     "`check` tells by it what the user left alone, so the two must not drift apart."
     sources = ["".join(cell["source"]) for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]]

@@ -3,6 +3,7 @@
 import io
 import math
 import shutil
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -460,12 +461,38 @@ def test_a_compiled_stack_shrinks_and_equals_the_plain_one():
 # ---- gradient flow
 
 
-def test_a_flow_that_cannot_go_on_says_so():
-    weights = {name: part[0] for name, part in SMOOTH.init(key(0, torch.tensor([0])), dtype=torch.float64).items()}
-    flow = lambda loss, **options: list(gradient_flow(SMOOTH, loss, X[:8], Y[:8], weights, alpha=1.0, **options))
-    refused(lambda: flow("softhinge", margin=1.5), "has stopped moving", "smaller margin")
-    dead = {name: torch.zeros_like(part) for name, part in weights.items()}
-    refused(lambda: list(gradient_flow(SMOOTH, "hinge", X[:8], Y[:8], dead, alpha=1.0)), "has stopped moving")
+@contextmanager
+def within(seconds: int):
+    "TimeoutError instead of waiting for ever."
+
+    def late(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def weights_and_flow(factor: float = 1.0):
+    "The states of the gradient flow of a small net from the start, which may be zero."
+    weights = {name: factor * part[0] for name, part in SMOOTH.init(key(0, torch.tensor([0])), dtype=torch.float64).items()}
+    return lambda loss, **options: list(gradient_flow(SMOOTH, loss, X[:8], Y[:8], weights, alpha=1.0, **options))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="there is no SIGALRM")
+@pytest.mark.parametrize("factor, loss, margin", [(0.0, "hinge", 1.0), (1.0, "softhinge", 1.5)])
+def test_a_flow_that_cannot_go_on_says_so(factor, loss, margin):
+    "A net that says nothing has no gradient, and beyond the margin of 1 there is none."
+    with within(20):
+        refused(lambda: weights_and_flow(factor)(loss, margin=margin), "has stopped moving", "smaller margin")
+
+
+def test_a_flow_ends_at_the_margin_or_in_time():
+    flow = weights_and_flow()
     states = flow("quadhinge", margin=0.9)
     u = states[-1].outputs * Y[:8]
     assert u.min() == pytest.approx(0.9, abs=1e-9) and [state.t for state in states] == sorted(state.t for state in states)

@@ -42,7 +42,7 @@ def states_of(data: dict) -> list[dict]:
 
 @pytest.mark.parametrize("changes", [{}, dict(dynamics="gd_sde"), dict(dynamics="sgd_only_unfit"), dict(loss="quadhinge", temp=0.002), dict(dtype="f64", mind_stop=0.5), dict(regularizer="l2", regu_scale=1e-4)])
 def test_a_sweep_says_what_the_files_say(changes, tmp_path):
-    base = NET.but(**changes)
+    base = NET.but(**dict(max_step=800, ckpt_modulo=40) | changes)
     settings = grid(base, alpha=[0.5, 4.0], seed_init=[0, 1], ptr=[24, 48])
     assert [(s.alpha, s.seed_init, s.ptr) for s in settings[:3]] == [(0.5, 0, 24), (0.5, 0, 48), (0.5, 1, 24)]
     table = sweep(settings).table

@@ -860,12 +860,13 @@ def arrays(value: Any) -> Any:
         return {name: arrays(part) for name, part in value.items()}
     return value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else value
 
-# %% ../nbs/sgd_regimes_runs.ipynb #b26fdacf
+# %% ../nbs/sgd_regimes_runs.ipynb #4e497352
 def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], diary: Diary, kept: Callable[[], None]) -> dict:
     "Gradient flow to its end; what became of it."
     crossed, F, began = Crossings([level * diary.unit for level in loss_levels(s.ckpt_modulo)], diary.unit), torch.zeros(len(sets.y), dtype=torch.float64), time.monotonic()
     initial = {name: part.double() for name, part in initial.items()}
     diary.add(0.0, 0, initial, F, "start")
+    kept()
     found, step = None, 0
     for step, found in enumerate(gradient_flow(net, s.loss, sets.x, sets.y, initial, alpha=s.alpha, tolerance=s.gf_tol, longest=s.gf_maxdt, margin=min(1.0, s.mind_stop)), 1):
         u = s.alpha * found.outputs * sets.y
@@ -896,7 +897,7 @@ def _stepped(s: Setting, ensemble: Ensemble, diary: Diary, kept: Callable[[], No
         diary.states[-1] |= dict(t=row["t"], step=row["steps"])
     return {name: row[name] for name in ("status", "stopped", "steps", "t")} | dict(gradient_evaluations=row["steps"])
 
-# %% ../nbs/sgd_regimes_runs.ipynb #6fd937c3
+# %% ../nbs/sgd_regimes_runs.ipynb #decae586
 EVERY = 10.0  # seconds between two versions of the file
 
 
@@ -931,14 +932,14 @@ def run_to_file(
     def kept() -> None:
         if time.monotonic() - saved[0] > EVERY:
             write(False, status="running")
-            last = diary.states[-1] if diary.states else None
-            say("training" if last is None else f"step {last['step']}: α times the loss {last['train']['aloss']:.3g}, test error {100 * last['test']['err']:.2f} %")
+            last = diary.states[-1]
+            say(f"step {last['step']}: α times the loss {last['train']['aloss']:.3g}, test error {100 * last['test']['err']:.2f} %")
 
-    kept()
     try:
         outcome = _flowed(net, s, sets, initial, diary, kept) if s.dynamics == "gf" else _stepped(s, ensemble, diary, kept)
-    except BaseException as error:  # a run that was broken off must not look finished
-        write(False, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    except BaseException as error:  # a run that was broken off must not look finished; one that never began leaves what was there
+        if diary.states:
+            write(False, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     write(True, **outcome)
     say(f"{outcome['status']} ({outcome['stopped']}) after {outcome['steps']} steps, t = {outcome['t']:.6g}; test error {100 * diary.states[-1]['test']['err']:.2f} %; written to {output}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatmin_nb.lab import ensemble as ensemble_module
 from flatmin_nb.lab.ensemble import DYNAMICS, LOSSES, PENALTIES, Ensemble, EnsembleError, Lanes, full_precision, gradient_flow, lanes_at_once, refuse_rounding, sde_weights
 from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.scaled_nets import scaled_net
@@ -435,7 +436,10 @@ def test_every_level_is_seen_once_and_every_mark_at_its_step(way):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")), reason="there is no C++ compiler")
-def test_a_compiled_stack_shrinks_and_equals_the_plain_one():
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_a_compiled_stack_shrinks_and_equals_the_plain_one(few, monkeypatch):
+    "Where the whole step is compiled, and where only what lies between the products is."
+    monkeypatch.setattr(ensemble_module, "FEW", few)
     torch._dynamo.reset()
     seeds = list(range(6))
     lanes = lanes_of(seeds, [0.02] * 6, [1.0, 1.0, 1.0, 100.0, 100.0, 100.0], [8, 8, 20, 12, 16, 30])

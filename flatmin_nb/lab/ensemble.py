@@ -219,7 +219,7 @@ def lanes_at_once(net: ScaledNet, dtype: torch.dtype, device: torch.device) -> i
     size = net.parameters * torch.finfo(dtype).bits // 8
     return max(4, min(512, NEAR // size)) if device.type == "cpu" else max(8, min(4096, 2**32 // size))
 
-# %% ../../nbs/lab/ensemble.ipynb #d15b5331
+# %% ../../nbs/lab/ensemble.ipynb #f2a6cc6c
 class Ensemble:
     "K runs of one net, trained together. Each comes out as it would alone, to the rounding of batched products."
 
@@ -479,7 +479,7 @@ class Ensemble:
         u = (part.alpha[:, None] * self.labels[part.rows] * F).double()
         loss = torch.where(valid, self.loss.value(u), 0).sum(1) / part.size
         margin = torch.where(valid, u, math.inf).amin(1)
-        finite = (u.isfinite() | ~valid).all(1)
+        finite = (u.isfinite() | ~valid).all(1) & loss.to(self.dtype).isfinite()  # a running mean that is infinite would wait for ever
         crossed = self._crossed(part, loss) | (part.step >= part.mark)
         part.checked, part.mark = part.step, self._next_mark(part.step)
         for name in ("levels", "mark", "estimate", "seen", "low", "high", "checked"):
@@ -498,7 +498,7 @@ class Ensemble:
     def _end(self, lane: dict, loss: float, margin: float, finite: bool, dead: bool, out_of_time: bool) -> dict | None:
         "How a lane has ended, if it has: zero loss, a margin, the steps, the time, numbers that are none, or a net that is dead."
         frozen = self.loss.ends and not self.penalty  # then nothing has moved since the last gradient
-        if lane["broken"] >= 0 or not finite or not math.isfinite(loss):
+        if lane["broken"] >= 0 or not finite:
             return dict(status="diverged", stopped="not finite", steps=int(lane["broken"] if lane["broken"] >= 0 else lane["step"]))
         if dead and lane["dead"] > 0:
             return dict(status="diverged", stopped="dead", steps=int(lane["dead"]))

@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
         ours = importlib.metadata.version("flatmin_nb")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         ours = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "flatmin_nb": ours}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "flatmin_nb": ours}
 
 # %% ../../nbs/lab/results.ipynb #aa89ef04
 def device_name(device: torch.device | str = "cpu") -> str:

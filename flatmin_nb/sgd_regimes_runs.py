@@ -107,7 +107,7 @@ def _seeds(init: int | str, batch: int | str, trainset: int | str | None, testse
     batch = init if batch == "seed_init" else _number("seed_batch", batch, "seed_init")
     return dict(seed_init=init, seed_batch=batch, seed_trainset=trainset, seed_testset=_number("seed_testset", testset))
 
-# %% ../nbs/sgd_regimes_runs.ipynb #edf8f575
+# %% ../nbs/sgd_regimes_runs.ipynb #cdd6608c
 _Seed = int | str
 _Count = Annotated[int, Field(ge=1, le=2**40)]
 _Whole = Annotated[int, Field(ge=0, le=2**40)]
@@ -171,7 +171,7 @@ class Setting(BaseModel):
         _check_meaning(self)
 
     def but(self, **changes: Any) -> "Setting":
-        "The same run with other options; what was not given follows anew from those that were."
+        "The same run with other options; what was not given follows anew from those that were. A seed that was given as a word stays the number that it stood for."
         left = {"dt": "temp", "temp": "dt"}
         kept = {name: getattr(self, name) for name in self.model_fields_set if left.get(name) not in changes}
         return Setting(**kept | changes)
@@ -248,13 +248,15 @@ def _check_data(s: Setting) -> None:
         left = f"of its {count:,} images, {count - s.pte:,} are left to train on with pte = {s.pte}" if s.pte < count else f"it has {count:,} images, and pte = {s.pte}"
         raise RegimeError(f"ptr = {s.ptr} is beyond dataset = '{s.dataset}': {left}; give a smaller ptr or pte")
 
-# %% ../nbs/sgd_regimes_runs.ipynb #2068fea6
+# %% ../nbs/sgd_regimes_runs.ipynb #dc6e43c9
 def _check_meaning(s: Setting) -> None:
     "Refuse what fits its type and yet cannot be obeyed."
     _check_net(s)
     _check_data(s)
     if s.regu_scale and s.regularizer is None:
         raise RegimeError(f"regu_scale = {s.regu_scale:g} means nothing without a regularizer; give one of {', '.join(CHOICES['regularizer'])}")
+    if s.mind_stop > 1 and s.loss != "mse":
+        raise RegimeError(f"mind_stop = {s.mind_stop:g}: the {s.loss} is zero from a margin of 1 on, where nothing moves any more; give 1 or less")
     if s.ckpt_grad_stats > s.ptr:
         raise RegimeError(f"ckpt_grad_stats = {s.ckpt_grad_stats}: there are ptr = {s.ptr} training examples; give as many or fewer, or -1 for all")
     for name in ("ckpt_kernels", "ckpt_save_gradoverlap"):
@@ -486,7 +488,7 @@ def read_old(
         raise RegimeError(f"'{path}' does not hold options and results, as the files of the earlier command do; give one of those")
     return args, data
 
-# %% ../nbs/sgd_regimes_runs.ipynb #2bfed93a
+# %% ../nbs/sgd_regimes_runs.ipynb #2e7bc583
 def _value(number: Any) -> float:
     "A number of a state; not a number where there is none."
     return math.nan if number is None else float(number)
@@ -496,6 +498,8 @@ def _status(args: dict, data: dict, loss: float) -> str:
     "fitted, diverged, unconverged or unfinished."
     if not data.get("finished", False):
         return "unfinished"
+    if data.get("status") in ("fitted", "diverged", "unconverged"):  # ours say it themselves
+        return data["status"]
     if not math.isfinite(loss):
         return "diverged"
     mse = args.get("loss") == "mse" and args["alpha"] * loss < 1e-9
@@ -860,7 +864,7 @@ def arrays(value: Any) -> Any:
         return {name: arrays(part) for name, part in value.items()}
     return value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else value
 
-# %% ../nbs/sgd_regimes_runs.ipynb #4e497352
+# %% ../nbs/sgd_regimes_runs.ipynb #a2195145
 def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], diary: Diary, kept: Callable[[], None]) -> dict:
     "Gradient flow to its end; what became of it."
     crossed, F, began = Crossings([level * diary.unit for level in loss_levels(s.ckpt_modulo)], diary.unit), torch.zeros(len(sets.y), dtype=torch.float64), time.monotonic()
@@ -870,7 +874,8 @@ def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], 
     found, step = None, 0
     for step, found in enumerate(gradient_flow(net, s.loss, sets.x, sets.y, initial, alpha=s.alpha, tolerance=s.gf_tol, longest=s.gf_maxdt, margin=min(1.0, s.mind_stop)), 1):
         u = s.alpha * found.outputs * sets.y
-        over = dict(status="fitted", stopped="zero loss") if u.min() >= 1 or found.loss <= LOSSES[s.loss].enough else None
+        rule = LOSSES[s.loss]
+        over = dict(status="fitted", stopped="zero loss") if (rule.ends and u.min() >= 1) or found.loss <= rule.enough else None
         over = over or (dict(status="fitted", stopped="margin") if u.min() >= s.mind_stop else None)
         over = over or (dict(status="unconverged", stopped="time") if time.monotonic() - began > s.max_wall else None)
         over = over or (dict(status="unconverged", stopped="steps") if step >= s.max_step else None)

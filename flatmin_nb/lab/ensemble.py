@@ -151,11 +151,14 @@ def sde_weights(noise: Tensor, valid: Tensor, size: Tensor, batch: int) -> Tenso
     s = (size * (size - batch).clamp_min(0) / (batch * (size - 1).clamp_min(1))).sqrt()
     return torch.where(valid, 1 + s * (noise - noise.sum(1, keepdim=True) / size), 0)
 
-# %% ../../nbs/lab/ensemble.ipynb #8ce6f14b
+# %% ../../nbs/lab/ensemble.ipynb #d12ac6d2
 @contextmanager
 def full_precision() -> Iterator[None]:
     "Inside, float32 is float32: no TF32 in matrix products and convolutions, no bfloat16 on a CPU."
-    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # torch has two ways to say it, and refuses to mix them
+        raise EnsembleError("the precision of float32 was set by `fp32_precision`; set it by torch.set_float32_matmul_precision and torch.backends.cudnn.allow_tf32 instead") from None
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -219,7 +222,7 @@ def lanes_at_once(net: ScaledNet, dtype: torch.dtype, device: torch.device) -> i
     size = net.parameters * torch.finfo(dtype).bits // 8
     return max(4, min(512, NEAR // size)) if device.type == "cpu" else max(8, min(4096, 2**32 // size))
 
-# %% ../../nbs/lab/ensemble.ipynb #f2a6cc6c
+# %% ../../nbs/lab/ensemble.ipynb #87701582
 class Ensemble:
     "K runs of one net, trained together. Each comes out as it would alone, to the rounding of batched products."
 
@@ -254,7 +257,13 @@ class Ensemble:
         if penalty and centred:
             raise EnsembleError("the centred form has no penalty; leave one of the two out")
         check_whole("chunk", chunk, EnsembleError)
-        check_number("margin", margin, EnsembleError)
+        if at_once is not None:
+            check_whole("at_once", at_once, EnsembleError)
+        check_number("margin", margin, EnsembleError, "(0, inf]")
+        check_number("strength", strength, EnsembleError, "[0, inf)")
+        if strength and not penalty:
+            raise EnsembleError(f"strength = {strength:g} means nothing without a penalty; name one of {', '.join(PENALTIES)}")
+        self._check_data(inputs, labels, lanes, max_step, levels := list(levels), marks := list(marks))
         self.net, self.lanes, self.dynamics, self.margin, self.centred, self.chunk = net, lanes, dynamics, margin, centred, chunk
         self.penalty, self.strength, self.compiled = penalty, strength, compiled
         self.inputs, self.labels, self.dtype, self.device = inputs, labels.to(inputs.dtype), inputs.dtype, inputs.device
@@ -275,6 +284,21 @@ class Ensemble:
             self._coefficients = torch.compile(self._told, dynamic=False)
         self.queue = sorted(range(len(lanes)), key=lambda lane: (-sizes[lane], float(lanes.dt[lane])))  # the longest first, as far as one can tell
         self.stack, self.rows, self.history, self.seconds = None, [], [], 0.0
+
+    @staticmethod
+    def _check_data(inputs: Tensor, labels: Tensor, lanes: Lanes, max_step: int | Sequence[int], levels: list, marks: list) -> None:
+        "Refuse data that do not fit each other, and steps and levels that are none."
+        if not inputs.is_floating_point() or len(inputs) != len(labels):
+            raise EnsembleError(f"inputs must be floating-point, with one label each; got {len(inputs)} of {inputs.dtype} and {len(labels)} labels")
+        low, high = (min(len(rows) and int(rows.min()) for rows in lanes.rows), max(len(rows) and int(rows.max()) for rows in lanes.rows))
+        if low < 0 or high >= len(inputs) or not all(map(len, lanes.rows)):
+            raise EnsembleError(f"every lane needs rows from 0 to {len(inputs) - 1} of the pool; got {'none in a lane' if not all(map(len, lanes.rows)) else f'{low} to {high}'}")
+        steps = [max_step] * len(lanes) if isinstance(max_step, int) else list(max_step)
+        if len(steps) != len(lanes) or any(step != int(step) or step < 1 for step in steps):
+            raise EnsembleError(f"max_step must be a number of steps, or one for each of the {len(lanes)} lanes; got {max_step if isinstance(max_step, int) else steps[:3]}")
+        for name, values, least in (("levels", levels, 0), ("marks", marks, 1)):
+            if wrong := [value for value in values if not (value >= least and value < math.inf)]:
+                raise EnsembleError(f"{name} must be numbers from {least} on; got {wrong[0]}")
 
     @property
     def whole(self) -> bool:
@@ -337,7 +361,7 @@ class Ensemble:
         if self.whole:
             places, factors = self._everything(stack)
         elif self.dynamics == "sgd_only_unfit":
-            places = self._unfit(stack)
+            places, total = self._unfit(stack)
             factors = (stack.dt / places.shape[1])[:, None].expand(places.shape)
         else:
             turn = (stack.step - begun).clamp_max(drawn.shape[1] - 1)[:, None, None].expand(-1, 1, drawn.shape[2])
@@ -358,7 +382,8 @@ class Ensemble:
         stack.moved = torch.where(moving & active, stack.step, stack.moved)
         share = counts.sum(1).to(losses.dtype) / stack.size
         mean = torch.where(counts, losses, 0).sum(1) / counts.sum(1)
-        stack.estimate = torch.where(moving, (1 - share) * stack.estimate + share * mean, stack.estimate)
+        running = total if self.dynamics == "sgd_only_unfit" else (1 - share) * stack.estimate + share * mean
+        stack.estimate = torch.where(moving, running, stack.estimate)
 
     def _everything(self, stack: Stack) -> tuple[Tensor, Tensor]:
         "All examples of each lane, and their factors: 1/P times dt, for `gd_sde` with noise."
@@ -370,12 +395,13 @@ class Ensemble:
             factors = sde_weights(noise, valid, stack.size, self.batch_size)
         return places, factors * (stack.dt / stack.size)[:, None]
 
-    def _unfit(self, stack: Stack) -> Tensor:
-        "B places of each lane, of examples that lack their margin first, of the others where these are too few."
+    def _unfit(self, stack: Stack) -> tuple[Tensor, Tensor]:
+        "B places of each lane, of examples that lack their margin first, of the others where these are too few; and α times the loss of all, [k]."
         u = stack.alpha[:, None] * self.labels[stack.rows] * self._predictions(stack)
         valid = torch.arange(u.shape[1], device=self.device) < stack.size[:, None]
         order = words(stack.batches, stack.step, u.shape[1]) + torch.where(u < 1, 0, 2**32)
-        return order.masked_fill_(~valid, 2**40).topk(self.batch_size, largest=False).indices
+        loss = torch.where(valid, self.loss.value(u), 0).sum(1) / stack.size
+        return order.masked_fill_(~valid, 2**40).topk(self.batch_size, largest=False).indices, loss
 
     # ---- who is in ----
 
@@ -458,8 +484,8 @@ class Ensemble:
         for slot, lane in enumerate(facts):
             patience = lane["size"] / (2 * (self.batch_size or lane["size"]))  # half a pass without a gradient
             quiet = self.loss.ends and min(lane["step"] - lane["moved"], lane["step"] - lane["checked"]) >= patience
-            over = lane["broken"] >= 0 or 0 < lane["dead"] or lane["step"] >= min(lane["limit"], lane["mark"]) or not lane["low"] < lane["estimate"] < lane["high"]
-            if lane["lane"] >= 0 and (quiet or over or self.margin < 1 or lane["estimate"] < 100 * self.loss.enough):
+            over = lane["broken"] >= 0 or lane["dead"] >= 0 or lane["step"] >= min(lane["limit"], lane["mark"]) or not lane["low"] < lane["estimate"] < lane["high"]
+            if lane["lane"] >= 0 and (quiet or over or self.margin < 1 or not self.loss.ends):
                 slots.append(slot)
         return slots, [facts[slot] for slot in slots]
 
@@ -476,9 +502,9 @@ class Ensemble:
         part = stack.take(picked)
         F = self._predictions(part)
         valid = torch.arange(F.shape[1], device=self.device) < part.size[:, None]
-        u = (part.alpha[:, None] * self.labels[part.rows] * F).double()
-        loss = torch.where(valid, self.loss.value(u), 0).sum(1) / part.size
-        margin = torch.where(valid, u, math.inf).amin(1)
+        u = part.alpha[:, None] * self.labels[part.rows] * F
+        loss = torch.where(valid, self.loss.value(u).double(), 0).sum(1) / part.size  # in the precision of the steps, which decides what is zero and what infinite
+        margin = torch.where(valid, u, math.inf).amin(1).double()
         finite = (u.isfinite() | ~valid).all(1) & loss.to(self.dtype).isfinite()  # a running mean that is infinite would wait for ever
         crossed = self._crossed(part, loss) | (part.step >= part.mark)
         part.checked, part.mark = part.step, self._next_mark(part.step)
@@ -500,11 +526,11 @@ class Ensemble:
         frozen = self.loss.ends and not self.penalty  # then nothing has moved since the last gradient
         if lane["broken"] >= 0 or not finite:
             return dict(status="diverged", stopped="not finite", steps=int(lane["broken"] if lane["broken"] >= 0 else lane["step"]))
-        if dead and lane["dead"] > 0:
+        if dead and lane["dead"] >= 0:
             return dict(status="diverged", stopped="dead", steps=int(lane["dead"]))
         if loss <= self.loss.enough:
             return dict(status="fitted", stopped="zero loss", steps=int(lane["moved"] if frozen else lane["step"]))
-        if self.margin < 1 and margin >= self.margin:
+        if (self.margin < 1 or not self.loss.ends) and margin >= self.margin:
             return dict(status="fitted", stopped="margin", steps=int(lane["step"]))
         if out_of_time or lane["step"] >= lane["limit"]:
             return dict(status="unconverged", stopped="time" if out_of_time else "steps", steps=int(lane["step"]))
@@ -562,6 +588,8 @@ class Ensemble:
         "Train all lanes to their end; a row for each, in their order: lane, status, stopped, steps, t, alpha_loss, unfit, margin, and what was observed."
         clock, saved = time.monotonic() - self.seconds, time.monotonic()
         with full_precision(), torch.no_grad():
+            if self.queue and not self.centred:
+                self._begin([max(self.queue, key=lambda lane: float(self.lanes.alpha[lane]))])  # the one that the guard would refuse, before the others are trained
             while self._fill(observe) is not None:
                 self._advance()
                 done, out_of_time = len(self.rows), time.monotonic() - clock > max_wall
@@ -583,7 +611,7 @@ class Ensemble:
     def _fingerprint(self) -> str:
         "What must be the same for a checkpoint to be gone on with."
         digest = hashlib.sha256()
-        plain = (self.net.name, list(self.net.shapes.items()), self.loss.name, self.dynamics, self.batch_size, self.margin, self.centred, self.penalty, self.strength, self.at_once, self.chunk)
+        plain = (self.net.options, list(self.net.shapes.items()), self.loss.name, self.dynamics, self.batch_size, self.margin, self.centred, self.penalty, self.strength, self.at_once, self.chunk)
         digest.update(repr(plain).encode())
         lanes = self.lanes
         for tensor in (self.inputs, self.labels, self.levels, self.marks, self.max_step, lanes.weights, lanes.batches, lanes.dt, lanes.alpha, *lanes.rows):
@@ -593,17 +621,17 @@ class Ensemble:
 
     def state_dict(self) -> dict:
         "All that goes on: the stack, the queue and the rows so far."
-        stack = None if self.stack is None else dict(self.stack.parts())
-        return dict(fingerprint=self._fingerprint(), stack=stack, queue=self.queue, rows=self.rows, history=self.history, seconds=self.seconds)
+        stack = None if self.stack is None else {name: part.clone() for name, part in self.stack.parts()}
+        return dict(fingerprint=self._fingerprint(), stack=stack, queue=list(self.queue), rows=copy.deepcopy(self.rows), history=copy.deepcopy(self.history), seconds=self.seconds)
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from there. EnsembleError where it is the state of other runs."
         if state["fingerprint"] != self._fingerprint():
             raise EnsembleError("this is the state of other runs: net, data, lanes or options differ; begin again, or make the ensemble as it was")
-        self.stack = None if state["stack"] is None else Stack.of({name: part.to(self.device) for name, part in state["stack"].items()})
-        self.queue, self.rows, self.history, self.seconds = (copy.copy(state[name]) for name in ("queue", "rows", "history", "seconds"))
+        self.stack = None if state["stack"] is None else Stack.of({name: part.to(self.device, copy=True) for name, part in state["stack"].items()})
+        self.queue, self.rows, self.history, self.seconds = (copy.deepcopy(state[name]) for name in ("queue", "rows", "history", "seconds"))
 
-# %% ../../nbs/lab/ensemble.ipynb #bc14f77e
+# %% ../../nbs/lab/ensemble.ipynb #38463bf2
 @dataclass
 class Flow:
     "Where a gradient flow stands."
@@ -655,10 +683,10 @@ def gradient_flow(
     begun = flat(zero if start is None else start).numpy()
     solver = RK45(slope, 0.0, begun, until, rtol=tolerance, atol=tolerance / 100, max_step=longest)
     while solver.status == "running":
+        if not solver.f.any() or solver.t > 1e30:  # where nothing moves the integrator would lengthen its steps for ever
+            raise EnsembleError(f"the gradient flow has stopped moving before all examples have the margin {margin:g}; ask for a smaller margin, or give `until`")
         if message := solver.step():
             raise EnsembleError(f"the gradient flow stops at t = {solver.t:g}: {message.rstrip('.').lower()}; take a smooth loss (softhinge, quadhinge) or a larger tolerance")
-        if not math.isfinite(solver.t):
-            raise EnsembleError(f"the gradient flow has stopped moving before all examples have the margin {margin:g}; ask for a smaller margin, or give `until`")
         if left(solver.y) <= 0:
             path = solver.dense_output()
             end = brentq(lambda t: left(path(t)), solver.t_old, solver.t, xtol=1e-12, rtol=1e-12) if left(path(solver.t_old)) > 0 else solver.t

@@ -210,7 +210,7 @@ def cnn_shapes(
         before = after
     return shapes | {"output": (before,)}
 
-# %% ../../nbs/lab/scaled_nets.ipynb #0e598462
+# %% ../../nbs/lab/scaled_nets.ipynb #31db8b95
 class ScaledNet:
     "A net of one output as a function of its weights, for one lane and for a stack of lanes."
 
@@ -225,6 +225,7 @@ class ScaledNet:
     ):
         self.name, self.input_shape, self.width, self.shapes, self.function, self.ones = name, input_shape, width, shapes, function, ones
         self.parameters = sum(math.prod(shape) for shape in shapes.values())
+        self.options: tuple = (name, self.input_shape, width)  # what tells two nets apart; `scaled_net` adds depth and activation
 
     def init(
         self,
@@ -422,7 +423,7 @@ def check_net(name: str, image_shape: tuple[int, ...], width: int, depth: int | 
     if name in ("mnas", "simple_cnn", "vgg11") and len(sizes) != 3:
         raise ScaledNetError(f"{name} takes images of shape (channels, height, width); got {image_shape!r}")
 
-# %% ../../nbs/lab/scaled_nets.ipynb #2029bedf
+# %% ../../nbs/lab/scaled_nets.ipynb #fbb2f026
 def scaled_net(
     name: str,  # one of NETS
     image_shape: tuple[int, ...],  # of one example: (1, 28, 28), or (d,)
@@ -455,4 +456,6 @@ def scaled_net(
             channels = [width * times for times in (1, 2, 4, 4, 8, 8, 8, 8)]
             shapes = cnn_shapes(image_shape, 3, channels, len(POOLED), {"linear1": 64 * width, "linear2": 64 * width})
             net = ScaledNet(*common, shapes, partial(vgg11, phi=phi))
-    return ScaledNet(*common, net.shapes, net.function, net.ones) if generic else net
+    net = ScaledNet(*common, net.shapes, net.function, net.ones) if generic else net
+    net.options = (name, tuple(image_shape), width, depth, activation)
+    return net

@@ -222,7 +222,7 @@ def lanes_at_once(net: ScaledNet, dtype: torch.dtype, device: torch.device) -> i
     size = net.parameters * torch.finfo(dtype).bits // 8
     return max(4, min(512, NEAR // size)) if device.type == "cpu" else max(8, min(4096, 2**32 // size))
 
-# %% ../../nbs/lab/ensemble.ipynb #87701582
+# %% ../../nbs/lab/ensemble.ipynb #05cea1e0
 class Ensemble:
     "K runs of one net, trained together. Each comes out as it would alone, to the rounding of batched products."
 
@@ -294,7 +294,7 @@ class Ensemble:
         if low < 0 or high >= len(inputs) or not all(map(len, lanes.rows)):
             raise EnsembleError(f"every lane needs rows from 0 to {len(inputs) - 1} of the pool; got {'none in a lane' if not all(map(len, lanes.rows)) else f'{low} to {high}'}")
         steps = [max_step] * len(lanes) if isinstance(max_step, int) else list(max_step)
-        if len(steps) != len(lanes) or any(step != int(step) or step < 1 for step in steps):
+        if len(steps) != len(lanes) or any(step != int(step) or step < 0 for step in steps):
             raise EnsembleError(f"max_step must be a number of steps, or one for each of the {len(lanes)} lanes; got {max_step if isinstance(max_step, int) else steps[:3]}")
         for name, values, least in (("levels", levels, 0), ("marks", marks, 1)):
             if wrong := [value for value in values if not (value >= least and value < math.inf)]:

@@ -631,7 +631,7 @@ class Ensemble:
         self.stack = None if state["stack"] is None else Stack.of({name: part.to(self.device, copy=True) for name, part in state["stack"].items()})
         self.queue, self.rows, self.history, self.seconds = (copy.deepcopy(state[name]) for name in ("queue", "rows", "history", "seconds"))
 
-# %% ../../nbs/lab/ensemble.ipynb #38463bf2
+# %% ../../nbs/lab/ensemble.ipynb #ccb920e3
 @dataclass
 class Flow:
     "Where a gradient flow stands."
@@ -684,6 +684,9 @@ def gradient_flow(
     solver = RK45(slope, 0.0, begun, until, rtol=tolerance, atol=tolerance / 100, max_step=longest)
     while solver.status == "running":
         if not solver.f.any() or solver.t > 1e30:  # where nothing moves the integrator would lengthen its steps for ever
+            if left(solver.y) <= 0 or math.isfinite(until):
+                yield state(solver.t if left(solver.y) <= 0 else until, solver.y)
+                return
             raise EnsembleError(f"the gradient flow has stopped moving before all examples have the margin {margin:g}; ask for a smaller margin, or give `until`")
         if message := solver.step():
             raise EnsembleError(f"the gradient flow stops at t = {solver.t:g}: {message.rstrip('.').lower()}; take a smooth loss (softhinge, quadhinge) or a larger tolerance")

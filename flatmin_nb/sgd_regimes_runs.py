@@ -11,7 +11,7 @@ __all__ = ['IMAGES', 'SYNTHETIC', 'CHOICES', 'OLD_NAMES', 'FIELDS', 'TEST_SPLIT'
            'summary', 'Sweep', 'sweep', 'loss_levels', 'Crossings', 'change_by_a_step', 'Diary', 'arrays',
            'run_to_file', 'OneLineCommand', 'check_output']
 
-# %% ../nbs/sgd_regimes_runs.ipynb #c3fcd736
+# %% ../nbs/sgd_regimes_runs.ipynb #d185025e
 import hashlib
 import inspect
 import itertools
@@ -19,7 +19,6 @@ import json
 import math
 import pickle
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from torch import Tensor
 from typer.core import TyperCommand
 
 from .lab.ensemble import LOSSES, Ensemble, Lanes, MarginLoss, View, gradient_flow
-from .lab.errors import OneLineError, no_such
+from .lab.errors import OneLineError, OneLineMain, no_such
 from .lab.results import Run, commit, device_name, versions, written_whole
 from .lab.scaled_nets import ScaledNet, scaled_net
 from .lab.streams import key, normal, permutation, subsets, words
@@ -864,7 +863,7 @@ def arrays(value: Any) -> Any:
         return {name: arrays(part) for name, part in value.items()}
     return value.detach().cpu().numpy().copy() if isinstance(value, Tensor) else value
 
-# %% ../nbs/sgd_regimes_runs.ipynb #a2195145
+# %% ../nbs/sgd_regimes_runs.ipynb #71f1dce4
 def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], diary: Diary, kept: Callable[[], None]) -> dict:
     "Gradient flow to its end; what became of it."
     crossed, F, began = Crossings([level * diary.unit for level in loss_levels(s.ckpt_modulo)], diary.unit), torch.zeros(len(sets.y), dtype=torch.float64), time.monotonic()
@@ -885,7 +884,7 @@ def _flowed(net: ScaledNet, s: Setting, sets: Sets, initial: dict[str, Tensor], 
             diary.add(found.t, step, found.weights, found.outputs, "level")
             kept()
     diary.add(found.t, step, found.weights, found.outputs, "end")
-    return (over or dict(status="fitted", stopped="zero loss")) | dict(steps=step, t=found.t, gradient_evaluations=found.evaluations)
+    return (over or dict(status="fitted", stopped="margin" if s.mind_stop < 1 else "zero loss")) | dict(steps=step, t=found.t, gradient_evaluations=found.evaluations)
 
 
 def _stepped(s: Setting, ensemble: Ensemble, diary: Diary, kept: Callable[[], None]) -> dict:
@@ -950,23 +949,9 @@ def run_to_file(
     say(f"{outcome['status']} ({outcome['stopped']}) after {outcome['steps']} steps, t = {outcome['t']:.6g}; test error {100 * diary.states[-1]['test']['err']:.2f} %; written to {output}")
     return outcome
 
-# %% ../nbs/sgd_regimes_runs.ipynb #8d72ac79
-class OneLineCommand(TyperCommand):
+# %% ../nbs/sgd_regimes_runs.ipynb #56368999
+class OneLineCommand(OneLineMain, TyperCommand):
     "A command that says in one line what is wrong."
-
-    def main(self, *arguments: Any, **keywords: Any) -> None:
-        try:
-            status = super().main(*arguments, **keywords | {"standalone_mode": False})
-        except typer.TyperException as error:  # a wrong command line
-            status, message = error.exit_code, f"{error.format_message().rstrip('.')} (see --help)"
-        except (OneLineError, OSError) as error:
-            status, message = 1, str(error)
-        else:
-            if status != 130:  # which typer makes of Ctrl-C
-                sys.exit(status if isinstance(status, int) else 0)
-            message = "stopped"
-        typer.echo(f"Error: {' '.join(message.split())}", err=True)
-        sys.exit(status)
 
 # %% ../nbs/sgd_regimes_runs.ipynb #a4ceb44b
 def check_output(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .lab.errors import OneLineError, check_number, check_whole, no_such
+from .lab.errors import OneLineError, OneLineMain, check_number, check_whole, no_such
 
 # %% ../nbs/03_smoothout.ipynb #4a05e617
 def images_for(
@@ -426,7 +426,6 @@ def lr_factor(
 
 # %% ../nbs/03_smoothout.ipynb #1bdc13b8
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -729,22 +728,8 @@ def slice_minimum(
     return table[["direction", *table.columns.drop("direction")]]
 
 # %% ../nbs/03_smoothout.ipynb #1b3311eb
-class OneLineGroup(TyperGroup):
+class OneLineGroup(OneLineMain, TyperGroup):
     "Commands that say in one line what is wrong."
-
-    def main(self, *arguments: Any, **keywords: Any) -> None:
-        try:
-            status = super().main(*arguments, **keywords | {"standalone_mode": False})
-        except typer.TyperException as error:  # a wrong command line
-            status, message = error.exit_code, f"{error.format_message().rstrip('.')} (see --help)"
-        except (OneLineError, OSError) as error:
-            status, message = 1, str(error)
-        except typer.Abort:
-            status, message = 1, "stopped"
-        else:
-            sys.exit(status if isinstance(status, int) else 0)
-        typer.echo(f"Error: {' '.join(message.split())}", err=True)
-        sys.exit(status)
 
 
 app = typer.Typer(cls=OneLineGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -222,7 +222,7 @@ def lanes_at_once(net: ScaledNet, dtype: torch.dtype, device: torch.device) -> i
     size = net.parameters * torch.finfo(dtype).bits // 8
     return max(4, min(512, NEAR // size)) if device.type == "cpu" else max(8, min(4096, 2**32 // size))
 
-# %% ../../nbs/lab/ensemble.ipynb #05cea1e0
+# %% ../../nbs/lab/ensemble.ipynb #9592c306
 class Ensemble:
     "K runs of one net, trained together. Each comes out as it would alone, to the rounding of batched products."
 
@@ -551,10 +551,10 @@ class Ensemble:
             rows = [row | found for row, found in zip(rows, observe(view), strict=True)]
         if self.keeps_history:
             self.history += rows
-        for row, place in zip(rows, places):
-            if event == "end":
-                self.rows.append({**{name: row[name] for name in ("lane",)}, **ends[place], "t": ends[place]["steps"] * float(self.lanes.dt[row["lane"]]),
-                                  **{name: value for name, value in row.items() if name not in ("lane", "event", "step", "t")}})  # fmt: skip
+        if event == "end":
+            for row, place in zip(rows, places):
+                found = {name: value for name, value in row.items() if name not in ("lane", "event", "step", "t")}
+                self.rows.append(dict(lane=row["lane"]) | ends[place] | dict(t=ends[place]["steps"] * float(self.lanes.dt[row["lane"]])) | found)
 
     # ---- all of it ----
 

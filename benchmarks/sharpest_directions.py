@@ -38,7 +38,8 @@ import flatmin_nb
 from flatmin_nb.lab.curvature import Eigenpairs, Hessian, Operator, top_eigenpairs, track_eigenpairs
 from flatmin_nb.lab.data import Batches, ImageSet, centred, load
 from flatmin_nb.lab.models import build
-from flatmin_nb.lab.results import commit, device_name, versions, written_whole
+from flatmin_nb.lab.files import written_whole
+from flatmin_nb.lab.results import commit, device_name, versions
 from flatmin_nb.lab.watch import fresh_sample, overlap, principal_angles
 from flatmin_nb.sharpest_directions import NudgedSGD
 

@@ -37,7 +37,8 @@ from typer.core import TyperCommand
 
 from .lab.ensemble import LOSSES, Ensemble, Lanes, MarginLoss, View, gradient_flow
 from .lab.errors import OneLineError, OneLineMain, no_such
-from .lab.results import Run, commit, device_name, versions, written_whole
+from .lab.files import written_whole
+from .lab.results import Run, commit, device_name, versions
 from .lab.scaled_nets import ScaledNet, scaled_net
 from .lab.streams import key, normal, permutation, subsets, words
 
@@ -444,7 +445,7 @@ def write_split(
     settings: Setting | Sequence[Setting],  # which differ, as far as the data go, in the seed of the training set alone
 ) -> None:
     "Publish which images these runs train and test on."
-    from flatmin_nb.lab.results import written_whole
+    from flatmin_nb.lab.files import written_whole
 
     settings = [settings] if isinstance(settings, Setting) else list(settings)
     if len(alike := {(s.dataset, s.ptr, s.pte, s.seed_testset) for s in settings}) != 1 or settings[0].dataset in SYNTHETIC:

@@ -756,7 +756,7 @@ def deliver(
 ) -> None:
     "Print a table; and write it, and its figure, each whole or not at all."
     from flatmin_nb.lab.landscape import save_table
-    from flatmin_nb.lab.results import written_whole
+    from flatmin_nb.lab.files import written_whole
 
     typer.echo(table.round(12).to_string(index=False, na_rep="nan", float_format="{:.5g}".format))
     if folder is None:

@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 from fastcore.script import Param, call_parse
 
-from flatmin_nb.lab.results import load, run_folders, written_whole
+from flatmin_nb.lab.files import written_whole
+
+from flatmin_nb.lab.results import load, run_folders
 
 SWEPT = ["dataset", "arch", "act", "L", "h", "d", "loss", "dynamics", "bs", "pte", "sizes", "log2_temps", "log2_alphas", "chis", "seeds", "max_step", "grad_stats", "precision"]  # parameters of a sweep
 HERE = Path(__file__).parent

@@ -45,7 +45,8 @@ from flatmin_nb.lab.data import load, scaled
 from flatmin_nb.lab.models import build
 from flatmin_nb.lab.packing import PackingError, load_packed, packed_bits, save_packed
 from flatmin_nb.lab.pruning import PruningError, propagated, prune_
-from flatmin_nb.lab.results import FolderError, Run
+from flatmin_nb.lab.files import FolderError
+from flatmin_nb.lab.results import Run
 from flatmin_nb.lab.train import Diverged, fit
 from test_bad_input import nothing_looks_finished, refused
 

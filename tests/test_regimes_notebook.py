@@ -50,7 +50,7 @@ def test_a_sweep_is_read_back_and_replaced(page):
     again = page(**options(), out="out")
     pd.testing.assert_frame_equal(again["table"], first["table"], check_dtype=False)
     assert Path("out/lanes.csv").stat().st_mtime_ns == written  # nothing was trained
-    from flatmin_nb.lab.results import FolderError
+    from flatmin_nb.lab.files import FolderError
 
     with pytest.raises(FolderError, match="finished, with sizes = 64, not 65; give overwrite"):
         page(**options("sizes=65"), out="out")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.results import FolderError, Run, commit, histories, load, load_weights
+from flatmin_nb.lab.files import FolderError
+from flatmin_nb.lab.results import Run, commit, histories, load, load_weights
 
 
 def one_line(error) -> str:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from .errors import OneLineError, check_whole, no_such
 from .objective import Batch, Objective, copied, errors, mapped
-from .results import plain, written_whole
+from .files import plain, written_whole
 from .state import batchnorms, reestimate
 
 # %% ../../nbs/lab/landscape.ipynb #d22f2544

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import OneLineError, check_flag, no_such
-from .results import written_whole
+from .files import written_whole
 
 # %% ../../nbs/lab/packing.ipynb #9545e16d
 class PackingError(OneLineError, ValueError):

@@ -37,7 +37,7 @@ from .curvature import BASIS_BYTES, Density, Eigenpairs, Estimate, Hessian, Kryl
 from .errors import OneLineError, check_number, check_whole, no_such
 from .landscape import axes_or_new, bar, line, plot_line, random_directions
 from .objective import Objective, as_objective, mapped
-from .results import written_whole
+from .files import written_whole
 
 # %% ../../nbs/lab/sharpness.ipynb #93e1029f
 class SharpnessError(OneLineError, ValueError):

@@ -20,7 +20,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["flatmin_nb", "flatmin_nb.*"]),
     install_requires=config["requirements"].split(),
-    extras_require={"dev": config["dev_requirements"].split()},
+    extras_require={"sweep": config["sweep_requirements"].split(), "dev": (config["dev_requirements"] + " " + config["sweep_requirements"]).split()},
+    entry_points={"console_scripts": config["console_scripts"].split()},
     python_requires=f">={config['min_python']}",
     zip_safe=False,
 )

@@ -109,8 +109,9 @@ def test_what_is_imported_is_required():
     required = {Requirement(line).name.lower().replace("-", "_") for line in SETTINGS["requirements"].split()}
     packages = set().union(*(imported(ast.parse(path.read_text())) for path in MODULES))
     optional = {"wandb", "tensorboard"}  # imported inside a function, by those who ask for them
+    sweeping = {Requirement(line).name.lower() for line in SETTINGS["sweep_requirements"].split()} | {"nbclient"}  # which papermill brings
     otherwise = {"sklearn": "scikit_learn", "PIL": "pillow"}  # what is installed under another name
-    assert {otherwise.get(package, package) for package in packages} - optional <= required
+    assert {otherwise.get(package, package) for package in packages} - optional - sweeping <= required
 
 
 # ---- settings and pins ----
@@ -123,7 +124,7 @@ def test_the_settings_that_notebooks_depend_on():
 
 def test_every_requirement_has_a_pin_that_satisfies_it():
     pins = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    for line in (SETTINGS["requirements"] + " " + SETTINGS["dev_requirements"]).split():
+    for line in " ".join(SETTINGS[name] for name in ("requirements", "sweep_requirements", "dev_requirements")).split():
         wanted = Requirement(line)
         assert wanted.specifier.contains(pins[wanted.name.lower().replace("_", "-")]), line
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKEN', 'run_task', 'Cluster', 'Workers', 'Plan', 'plan', 'run', 'sweep']
 
-# %% ../../nbs/lab/sweep.ipynb #77288cbd
+# %% ../../nbs/lab/sweep.ipynb #caa86397
 import math
 import os
 import secrets
@@ -26,7 +26,7 @@ from typing import Any
 
 from .errors import OneLineError
 from .files import FolderError, claimed, now, written_whole
-from .grids import SweepError, axis, combinations, known, rows_of
+from .grids import SweepError, axis, combinations, known, rows_of, single
 from .notebooks import Notebook, end_all, execute, guarded, last_lines, package_code, read_notebook
 from .tasks import ENDED, Runs, Sweep, Task, driven, load, planned, write_json
 
@@ -295,7 +295,7 @@ class Workers:
         self._over.append(record)
         del self.in_flight[record["task"]]
 
-# %% ../../nbs/lab/sweep.ipynb #28033c3b
+# %% ../../nbs/lab/sweep.ipynb #51f39243
 @dataclass(frozen=True)
 class Plan:
     "What is to be done, before it is."
@@ -336,7 +336,7 @@ def plan(
     if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
         raise SweepError(f"'{folder}' holds a sweep of {theirs}; choose another folder for {read.name}")
     known(axes, read.parameters)
-    values = {name: axis(read.parameters[name], given) for name, given in axes.items()}
+    values = {name: axis(single(read.parameters[name]) if name in read.slices else read.parameters[name], given) for name, given in axes.items()}
     rows = rows_of(_text(Path(table)), read.parameters) if table else None
     points = combinations(values, [tuple(names) for names in zipped], rows)
     for row in rows or []:

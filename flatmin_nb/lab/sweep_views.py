@@ -44,7 +44,7 @@ def key(value: Any) -> Any:
         return tuple(key(item) for item in value)
     return value if value == value else None
 
-# %% ../../nbs/lab/sweep_views.ipynb #2a33013f
+# %% ../../nbs/lab/sweep_views.ipynb #56352819
 def labels(values: Sequence[Any]) -> list[str]:
     "A short name for each value: as few digits, or letters, as tell them apart, and no fewer than three."
 
@@ -54,13 +54,14 @@ def labels(values: Sequence[Any]) -> list[str]:
             exact = repr(value).removesuffix(".0")
             return exact if len(exact) <= 6 else f"{value:.{digits}g}"
         text = " ".join(str(value).split())
-        return text if len(text) <= 8 * digits else text[: 8 * digits - 1] + "…"
+        return text if len(text) <= 8 * digits else f"{text[: 4 * digits]}…{text[-4 * digits + 1 :]}"
 
     distinct = len({key(value) for value in values})
-    for digits in itertools.count(3):
+    for digits in range(3, 18):  # 17 digits tell any two numbers apart
         names = [label(value, digits) for value in values]
-        if digits == 17 or len(set(names)) == distinct:  # 17 digits tell any two numbers apart
+        if len(set(names)) == distinct:
             return names
+    return [str(value) for value in values]
 
 # %% ../../nbs/lab/sweep_views.ipynb #4af88583
 COUNTS = ("finished", "fitted")  # the status of a run, or of a lane, that counts
@@ -121,7 +122,7 @@ def values_in(
     words, known = str(argument).split(), {str(value): value for value in asked}
     return [known[word] for word in words] if words and known.keys() >= {*words} else [argument]
 
-# %% ../../nbs/lab/sweep_views.ipynb #7eba0ef1
+# %% ../../nbs/lab/sweep_views.ipynb #b8c81171
 @dataclass(frozen=True)
 class Cells:
     "The mean of a metric for every pair of values of two parameters."
@@ -137,7 +138,7 @@ class Cells:
 def axis_of(table: Any, name: str, axes: dict[str, list]) -> list:
     "The values of the axis `name`. SweepError if the rows of the table are slices."
     if any(len(values_in(value, axes.get(name, ()))) > 1 for value in table[name] if name in axes):
-        raise SweepError(f"a row of the table stands for many values of {name!r}, which was swept in slices; draw a column of its lanes instead")
+        raise SweepError(f"a row stands for many values of {name!r}, which was swept in slices; draw a column of the lanes instead")
     return values_of(table[name], axes.get(name, ()))
 
 
@@ -478,7 +479,7 @@ def result(
             return f"{name} = {' to '.join(dict.fromkeys(f'{number:.3g}' for number in (min(numbers), max(numbers))))}"
     return ""
 
-# %% ../../nbs/lab/sweep_views.ipynb #c2798e76
+# %% ../../nbs/lab/sweep_views.ipynb #60462c8f
 STYLES = {"finished": "cyan", "diverged": "magenta", "failed": "red", "running": "yellow"}  # others are grey
 LAST = 8  # tasks that ended, of which a terminal shows a line each
 
@@ -544,7 +545,8 @@ class Live(Lines):
         left = remaining(self.seconds, self.now, parts.get("waiting", 0), self.at_once)
         times = [duration(time.monotonic() - self.began)] + ([f"about {duration(left)} left"] if left else [])
         words = ", ".join(f"{number} {status}" for status, number in parts.items())
-        return Group(bar, Text(f"{words} of {self.total}; {', '.join(times)}"), *([self.rows()] if self.last else []))
+        counts = Text(f"{words} of {self.total}; {', '.join(times)}" if words else "no tasks")
+        return Group(bar, counts, *([self.rows()] if self.last else []))
 
     def rows(self) -> Any:
         "The tasks that ended last, as a table."
@@ -583,7 +585,7 @@ def points_of(
     values = [values_in(record["args"][name], axes.get(name, ())) for name in record["swept"]]
     return [dict(zip(record["swept"], chosen)) for chosen in itertools.product(*values)]
 
-# %% ../../nbs/lab/sweep_views.ipynb #2b124251
+# %% ../../nbs/lab/sweep_views.ipynb #7eacd0d0
 STATES = {  # of a task: the colour of its field, and a mark, for no state should be told by its colour alone
     "waiting": ("#eeeeee", ""),
     "running": ("#56b4e9", ">"),
@@ -610,7 +612,7 @@ def states_of(
         for values in points_of(record, runs.axes) if "args" in record else ():
             where = tuple(key(values[name]) if name in values else math.nan for name in runs.axes)
             if all(value in asked for value, asked in zip(where, wanted)):  # else it is of an earlier sweep, over other values
-                states[where] = state
+                states.setdefault(where, state)  # the tasks asked for last come first
     every = [*itertools.product(*([key(value) for value in values] for values in runs.axes.values()))]
     if len(every) == runs.sweep.asked().get("points"):
         states |= {where: "waiting" for where in every if where not in states}

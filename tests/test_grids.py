@@ -84,7 +84,8 @@ def test_the_parameters_of_our_notebooks_are_what_python_makes_of_them(notebook)
 def test_a_parameters_cell_is_never_executed(tmp_path):
     trace = tmp_path / "trace"
     touch = f"__import__('pathlib').Path({str(trace)!r}).touch()"
-    source = f"import os\n{touch}\na: {touch} = {touch}\nb = [{touch}]\n@{touch}\ndef f(x={touch}): pass\nclass C:\n    {touch}\nd: '{'x' * 3}[0]' = 1"
+    source = f"import os\n{touch}\na: {touch} = {touch}\nb = [{touch}]\n@{touch}\ndef f(x={touch}): pass\n"
+    source += f"class C:\n    {touch}\nd: 'x[0]' = 1"
     found = declared(source)
     assert not trace.exists()
     assert list(found) == ["a", "b", "d"]
@@ -135,7 +136,8 @@ def test_defaults(line, kind, default, source):
 
 
 def test_what_else_is_in_a_parameters_cell():
-    source = "%matplotlib inline\n# a heading\nimport os\na = b = 1  # both\n_hidden = 2\nc, d = 3, 4\nx.y = 5\nz[0] = 6\ne = 'a # b'  # help # with a hash\n!ls\nfor f in (): g = 1\n"
+    source = "%matplotlib inline\n# a heading\nimport os\na = b = 1  # both\n_hidden = 2\nc, d = 3, 4\nx.y = 5\nz[0] = 6\n"
+    source += "e = 'a # b'  # help # with a hash\n!ls\nfor f in (): g = 1\n"
     found = declared(source)
     assert [(name, parameter.help) for name, parameter in found.items()] == [("a", "both"), ("b", "both"), ("e", "help # with a hash")]
     assert declared("p = (  # first\n    1\n)")["p"].help == "first"
@@ -143,7 +145,10 @@ def test_what_else_is_in_a_parameters_cell():
     assert declared("") == {}
 
 
-@pytest.mark.parametrize("source", ["L: int =", "L = 1\n  gamma = 2", "(" * 500, "\0", "p = 'a", "\udcff = 1", "-" * 10**5 + "1", "p = " + "[" * 150])
+BROKEN = ["L: int =", "L = 1\n  gamma = 2", "(" * 500, "\0", "p = 'a", "\udcff = 1", "-" * 10**5 + "1", "p = " + "[" * 150]
+
+
+@pytest.mark.parametrize("source", BROKEN, ids=range(len(BROKEN)))
 def test_a_cell_that_cannot_be_read(source):
     assert "the parameters cell cannot be read" in refusal(declared, source)
 
@@ -222,6 +227,7 @@ HOSTILE = [
 def test_hostile_text_is_refused_in_one_line(text):
     said = refusal(evaluated, text, "p")
     assert said.startswith("parameter 'p' = ") and len(said) < 350 and said.isprintable()
+    assert "MemoryError" not in said and "recursion" not in said  # refused before it comes to that
 
 
 def test_hostile_text_needs_little_memory_and_time():
@@ -258,7 +264,7 @@ def test_an_evaluation_leaves_nothing_for_the_next():
         refusal(evaluated, "[k for k in range(10001)]", "p")
         refusal(evaluated, "[list for list in [1]] + [list]", "p")
         assert evaluated("list(range(2))", "p") == [0, 1]
-    assert refusal(evaluated, "[[k for k in [1]], k]", "p") == "parameter 'p' = '[[k for k in [1]], k]': no name 'k'; choose one of pi, True, False, None"
+    assert refusal(evaluated, "[[k for k in [1]], k]", "p").endswith(": no name 'k'; choose one of pi, True, False, None")
 
 
 def expression(chance: random.Random, depth: int, names: tuple = ()) -> str:
@@ -299,7 +305,7 @@ def test_what_is_computed_is_what_python_computes():
         try:
             ours = evaluated(text, "p")
         except SweepError as error:  # what Python can do and is not allowed
-            assert re.search(r"is no value|sum adds|% is for|integer has|nan is|at most|no name", str(error)), (text, str(error))
+            assert re.search(r"is no value|unsupported operand|% is for|integer has|nan is|at most|no name", str(error)), (text, str(error))
             continue
         assert repr(ours) == repr(theirs), text
         equal += 1
@@ -308,7 +314,7 @@ def test_what_is_computed_is_what_python_computes():
 
 def test_rubbish_is_refused_too():
     chance = random.Random(1)
-    words = ["[", "]", "(", ")", "{", "}", ",", ":", "for", "in", "if", "else", "k", "range", "1", "2", "'a'", "**", "*", "+", "-", ".", "lambda", "f'{1}'", "=", "not", "len", "%", "\0", "\n", "\\", "é", ":="]
+    words = "[ ] ( ) { } , : for in if else k range 1 2 'a' ** * + - . lambda f'{1}' = not len % \0 \\ é :=".split(" ") + ["\n"]
     for _ in range(5000):
         text = " ".join(chance.choices(words, k=chance.randint(1, 12)))
         try:
@@ -357,7 +363,7 @@ AXES = [
     (str, "a if b else c", ["a if b else c"]), (str, "[sgd", None),
     (str, "'007'", ["007"]), (str, '"a", "b"', ["a", "b"]), (str, "['a', 'b c']", ["a", "b c"]), (str, "['a'] + ['b']", ["a", "b"]),
     (str, "('a' + str(k) for k in range(2))", ["a0", "a1"]),
-    (str, "range(2)", ["0", "1"]), (str, "[1, 2]", ["1", "2"]), (str, "['a', None]", None), (str, "[0.5]", None), (str, "[True]", None),
+    (str, "range(2)", ["0", "1"]), (str, "[1, 2]", ["1", "2"]), (str, "['a', None]", None), (str, "[0.5]", ["0.5"]), (str, "[True]", None),
     (str, 5, ["5"]), (str, ["range(3)", "[1]"], ["range(3)", "[1]"]),
     (str, "a, b", None), (str, "[a, b]", None), (str, "('a'", None), (str, "'a", None), (str, "a\0b", ["a\0b"]), (str, "\udcff", None),
     (str, np.array(["a", "b"]), ["a", "b"]),
@@ -407,7 +413,12 @@ def test_an_axis(kind, given, values):
         (bool, "true", "parameter 'p' = 'true': no name 'true'; did you mean 'True'?"),
         (Literal["sgd", "adam"], "sdg", "parameter 'p' = 'sdg': should be 'sgd' or 'adam'; p takes Literal['sgd', 'adam']"),
         (list[int], "[1, 'a']", "parameter 'p' = [1, 'a']: should be a valid integer; p takes list[int]"),
-        (str, "a, b", "parameter 'p' = 'a, b': no name 'a'; choose one of pi, True, False, None; a text that stands for itself has quotes of its own, \"'like this'\""),
+        (
+            str,
+            "a, b",
+            "parameter 'p' = 'a, b': no name 'a'; choose one of pi, True, False, None; "
+            "a text that stands for itself has quotes of its own, \"'like this'\"",
+        ),
     ],
 )
 def test_what_an_axis_is_refused_with(kind, given, says):
@@ -506,7 +517,10 @@ def test_a_table_that_cannot_be(text, says):
 
 # ---- slices ----
 
-VECTORISED = declared('sizes: str = "256"\nseeds: list[int] = [0]\npairs: tuple[int, ...] = (0,)\nplain = [1]\nlr: float = 0.1\nout: str = ""\nchoice: Literal["a"] = "a"')
+VECTORISED = declared(
+    'sizes: str = "256"\nseeds: list[int] = [0]\npairs: tuple[int, ...] = (0,)\nplain = [1]\nlr: float = 0.1\nout: str = ""\n'
+    'choice: Literal["a"] = "a"'
+)
 
 
 @pytest.mark.parametrize(
@@ -607,16 +621,13 @@ def fewest(points: frozenset, products: list[frozenset]) -> int:
     return 1 + min(fewest(points - product, products) for product in products if first in product and product <= points)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_slices_are_few(seed):
-    "In two dimensions, on small grids, against the fewest that there can be."
-    chance = random.Random(seed)
+def test_slices_of_three_by_three_are_the_fewest_that_there_can_be():
     cells = [(x, y) for x in range(3) for y in range(3)]
-    points = frozenset(chance.sample(cells, chance.randint(1, 9)))
-    subsets = [set(part) for size in (1, 2, 3) for part in itertools.combinations(range(3), size)]
+    subsets = [part for size in (1, 2, 3) for part in itertools.combinations(range(3), size)]
     products = [frozenset(itertools.product(xs, ys)) for xs in subsets for ys in subsets]
-    found = sliced([{"x": x, "y": y} for x, y in sorted(points)], ["x", "y"])
-    assert len(found) <= fewest(points, products) + 1
+    for which in itertools.product([False, True], repeat=9):
+        points = [cell for cell, there in zip(cells, which) if there]
+        assert len(sliced([{"x": x, "y": y} for x, y in points], ["x", "y"])) == fewest(frozenset(points), products)
 
 
 def test_full_products_are_one_slice():
@@ -627,12 +638,15 @@ def test_full_products_are_one_slice():
     assert sliced(grid[:2], ["z", "z", "not_swept"]) == [{"lr": 0.1, "x": 0, "y": 0, "z": ["a", "b"]}]
     one_missing = [point for point in grid if point != {"lr": 0.1, "x": 2, "y": 3, "z": "a"}]
     assert len(sliced(one_missing, ["x", "y", "z"])) == 3 + 1
-    assert [block["x"] for block in sliced(grid, ["x"], {"x": 3}) if (block["lr"], block["y"], block["z"]) == (0.1, 0, "a")] == [[0, 1, 2], [3]]
+    in_two = [block["x"] for block in sliced(grid, ["x"], {"x": 3}) if (block["lr"], block["y"], block["z"]) == (0.1, 0, "a")]
+    assert in_two == [[0, 1, 2], [3]]
 
 
 def test_values_stand_in_the_order_of_their_first_appearance():
     points = [{"x": x, "y": y} for x, y in [(2, 9), (1, 9), (2, 8), (1, 8), (3, 8), (3, 9)]]
     assert sliced(points, ["x", "y"]) == [{"x": [2, 1, 3], "y": [9, 8]}]
+    points = [{"x": x, "y": y} for x, y in [(1, "a"), (2, "b"), (2, "a")]]
+    assert sliced(points, ["x", "y"]) == [{"x": [1], "y": ["a"]}, {"x": [2], "y": ["a", "b"]}]
 
 
 def test_longest_slices_that_cannot_be():
@@ -647,7 +661,8 @@ def test_longest_slices_that_cannot_be():
 # ---- the module ----
 
 def test_importing_is_light():
-    code = "import sys, flatmin_nb.lab.grids; print(*({'torch', 'pandas', 'numpy', 'ray', 'papermill', 'matplotlib', 'IPython'} & sys.modules.keys()))"
+    heavy = {"torch", "pandas", "numpy", "ray", "papermill", "matplotlib", "IPython"}
+    code = f"import sys, flatmin_nb.lab.grids; print(*({heavy!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout.split()) == (0, []), result.stderr
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'NOTEBOOK', 'FOLDER', 'AXES', 'ADDRESS', 'CPUS', 'GPUS', 'AT_ONCE', 'RETRIES', 'joined', 'Commands', 'pairs',
-           'duration', 'outlook', 'lengths', 'named', 'told', 'shown']
+           'outlook', 'lengths', 'told', 'shown']
 
-# %% ../../nbs/lab/commands.ipynb #00c5868a
+# %% ../../nbs/lab/commands.ipynb #6b9fc70a
 import math
 import os
 import sys
@@ -22,7 +22,8 @@ from .errors import OneLineMain
 from .files import written_whole
 from .grids import SweepError
 from .sweep import Plan, plan, run
-from .tasks import Runs, driver, is_driven, load, standing
+from .sweep_views import clean, duration, figures, in_words, live
+from .tasks import Runs, Sweep, driver, is_driven, load, standing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,14 +68,7 @@ def pairs(given: list[str]) -> dict[str, str]:
         raise SweepError(f"-p {twice[0]} is given twice; give all its values at once, -p {twice[0]} '[1, 2]'")
     return dict(found)
 
-# %% ../../nbs/lab/commands.ipynb #0d1df251
-def duration(seconds: float) -> str:
-    "A length of time as one says it."
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
+# %% ../../nbs/lab/commands.ipynb #75433729
 def outlook(plan: Plan, at_once: int) -> str:
     "What a plan comes to, in one line."
     runs, ended = len(plan.tasks), len(plan.there)
@@ -86,7 +80,7 @@ def outlook(plan: Plan, at_once: int) -> str:
         text += "; no run has ended here yet to tell how long one takes"
     return text
 
-# %% ../../nbs/lab/commands.ipynb #8c86633e
+# %% ../../nbs/lab/commands.ipynb #102582d8
 def lengths(given: list[str]) -> dict[str, int]:
     "What --slice was given: NAME=COUNT."
     try:
@@ -117,17 +111,10 @@ def _sweep(
     typer.echo(outlook(planned, room), err=not dry_run)
     if dry_run:
         return
-    from flatmin_nb.lab.sweep_views import live
-
     with live(len(planned.tasks) + len(planned.there), len(planned.there)) as view:
         runs = run(planned, view=view, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once, address=address)
     failed = told(runs)
     raise typer.Exit(1 if failed else 0)
-
-
-def named(record: dict) -> str:
-    "A run by the values that tell it from the others."
-    return ", ".join(f"{name} = {record['args'].get(name)}" for name in record["swept"])
 
 
 def told(runs: Runs) -> int:
@@ -135,7 +122,7 @@ def told(runs: Runs) -> int:
     typer.echo(", ".join(f"{count} {status}" for status, count in standing(runs).items()) or "no runs")
     failed = [record for record in runs.tasks if record["status"] == "failed"]
     for record in failed:
-        typer.echo(f"failed: {named(record)}: {record['error']} (tasks/{record['task']})", err=True)
+        typer.echo(f"failed: {in_words(record)}: {clean(record['error'])} (tasks/{record['task']})", err=True)
     return len(failed)
 
 # %% ../../nbs/lab/commands.ipynb #922a39ab
@@ -165,7 +152,7 @@ def _load(
     if runs.other_code and not all:
         typer.echo(f"{runs.other_code} runs of other code are left out; --all shows them", err=True)
 
-# %% ../../nbs/lab/commands.ipynb #b245adf5
+# %% ../../nbs/lab/commands.ipynb #2695dbe8
 @app.command("status")
 def _status(folder: Annotated[Path, FOLDER]) -> None:
     "Say how many runs ended, failed, run and wait, and who sweeps."
@@ -176,7 +163,7 @@ def _status(folder: Annotated[Path, FOLDER]) -> None:
         typer.echo(f"swept {driver(runs.sweep)}")
         for record in running:
             attempt = record["attempts"][-1]
-            typer.echo(f"running: {named(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
+            typer.echo(f"running: {in_words(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
     elif len(runs) < len(runs.tasks):
         typer.echo("nobody sweeps into it now; the same flatmin sweep command goes on")
 
@@ -184,8 +171,6 @@ def _status(folder: Annotated[Path, FOLDER]) -> None:
 @app.command("cancel")
 def _cancel(folder: Annotated[Path, FOLDER]) -> None:
     "End a sweep or search that runs, here or on another machine, and all its runs."
-    from flatmin_nb.lab.tasks import Sweep
-
     sweep = Sweep(folder)
     sweep.asked()
     if not is_driven(sweep):
@@ -208,8 +193,6 @@ def _plot(
     out: Annotated[Path | None, Option("--out", metavar="FOLDER", help="Where the figures go; without it, into figures/ of the sweep.")] = None,
 ) -> None:
     "Draw one figure for each pair of swept parameters."
-    from flatmin_nb.lab.sweep_views import figures
-
     out = out or folder / "figures"
     drawn = figures(load(folder), metric)
     out.mkdir(parents=True, exist_ok=True)
@@ -217,3 +200,39 @@ def _plot(
         with written_whole(out / f"{name}.png") as file:
             figure.savefig(file, format="png")
         typer.echo(out / f"{name}.png")
+
+# %% ../../nbs/lab/commands.ipynb #bd8527ac
+@app.command("search")
+def _search(
+    notebook: Annotated[Path, NOTEBOOK],
+    folder: Annotated[Path, FOLDER],
+    metric: Annotated[str, Option("--metric", help="The column of what a run records that shall be good, val_error say.")],
+    parameters: Annotated[list[str], Option("-p", metavar="NAME SPACE", help="'loguniform(1e-3, 1)', 'uniform(0, 0.5)', 'integers(1, 40)', 'logintegers(1, 1000)', a list to choose from, or one value.")] = (),
+    direction: Annotated[str, Option("--direction", help="minimize or maximize.")] = "minimize",
+    constraints: Annotated[list[str], Option("--constraint", metavar="'COLUMN <= NUMBER'", help="What comes first: only runs that keep to it can be best.")] = (),
+    where: Annotated[list[str], Option("--where", metavar="COLUMN=VALUE", help="Which record of a run counts, where it writes several: method=entropy_sgd say.")] = (),
+    on_test: Annotated[bool, Option("--on-test", help="Allow columns that are measured on test data.")] = False,
+    trials: Annotated[int, Option("--trials", help="Trials in all, those of earlier calls included.", min=1)] = 50,
+    sampler: Annotated[str, Option("--sampler", help="tpe or random.")] = "tpe",
+    seed: Annotated[int, Option("--seed", help="Of the sampler.", min=0)] = 0,
+    stopping: Annotated[str, Option("--stopping", help="End runs early that are behind: none, asha or hyperband.")] = "none",
+    report: Annotated[str, Option("--report", help="The column of the histories that --stopping looks at; by default the metric.")] = "",
+    least: Annotated[int, Option("--least", help="Steps before a run may be ended early.", min=1)] = 1,
+    most: Annotated[int | None, Option("--most", help="For hyperband: the last step of a whole run.", min=1)] = None,
+    reduction: Annotated[int, Option("--reduction", help="One in so many goes on from each rung.", min=2)] = 3,
+    retries: Annotated[int, RETRIES] = 2,
+    cpus_per_run: Annotated[float, CPUS] = 1,
+    gpus_per_run: Annotated[float, GPUS] = 0,
+    at_once: Annotated[int, AT_ONCE] = 0,
+    address: Annotated[str, ADDRESS] = "",
+) -> None:
+    "Search for good values of a notebook's parameters. The same command again goes on where it was broken off."
+    from flatmin_nb.lab.search import search
+
+    result = search(
+        notebook, folder, pairs(parameters), metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
+        stopping=stopping, report=report, least=least, most=most, reduction=reduction, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once,
+        address=address, say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    typer.echo(result.table.to_string(index=False))
+    typer.echo(result)

@@ -244,14 +244,7 @@ def geomspace(first: float, last: float, count: int) -> list[float]:
     between = logspace(math.log10(first), math.log10(last), count)[1:-1]
     return [float(first), *between, *[float(last)] * (count > 1)]
 
-# %% ../../nbs/lab/grids.ipynb #91c8a07f
-def _sum(values: Iterable) -> float:
-    values = list(values)
-    if not all(map(_number, values)):
-        raise TypeError("sum adds numbers alone")
-    return sum(values)
-
-
+# %% ../../nbs/lab/grids.ipynb #97669c29
 def _round(number: float, digits: int | None = None) -> float:
     if digits is not None and abs(digits) > 300:
         raise ValueError("round takes at most 300 digits")
@@ -295,7 +288,7 @@ def _size(value: Any) -> int:
 NAMES = {"pi": math.pi}
 FUNCTIONS = {
     "range": _range, "linspace": linspace, "logspace": logspace, "geomspace": geomspace,
-    "min": min, "max": max, "abs": abs, "round": _round, "sum": _sum, "len": len,
+    "min": min, "max": max, "abs": abs, "round": _round, "sum": lambda values: sum(values), "len": len,
     "sqrt": math.sqrt, "exp": math.exp, "log": math.log, "log2": math.log2, "log10": math.log10,
     "int": int, "float": float, "str": _str, "list": list, "sorted": sorted,
     "zip": lambda *values: list(zip(*values)), "enumerate": lambda *values: list(enumerate(*values)),
@@ -464,7 +457,7 @@ def checked(
 ) -> Any:
     "`value` as the parameter takes it; SweepError in one line where it does not."
     value = _python(value)
-    if _is_text(parameter.kind) and type(value) is int:  # as papermill and lab.parameters have it
+    if _is_text(parameter.kind) and type(value) in (int, float):  # lists of numbers are text in some notebooks: -p seeds 'range(3)'
         value = str(value)
     wrong = f"parameter {parameter.name!r} = {_short(value)}: "
     try:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'OBJECTIVES', 'ON_TEST', 'STUDY', 'SearchError', 'Dimension', 'parsed', 'dimension', 'Constraint',
            'constraint', 'check_measure', 'copied', 'row_of', 'number_in', 'mended', 'seed_of', 'sampler_at', 'drawn',
-           'opened', 'asked_in', 'reported', 'reports', 'UnderWay', 'begin', 'ask', 'judged', 'reports_of', 'look',
-           'measured', 'end', 'told', 'Result', 'table_of', 'found', 'search', 'until_all_ended', 'independent', 'keep',
-           'note', 'encoded', 'surrogate_check', 'surrogate_said', 'plot_search', 'plot_surrogate']
+           'opened', 'asked_in', 'reported', 'reports', 'UnderWay', 'begin', 'ask', 'judged', 'turned', 'reports_of',
+           'look', 'measured', 'end', 'told', 'Result', 'table_of', 'found', 'search', 'until_all_ended', 'independent',
+           'keep', 'note', 'encoded', 'surrogate_check', 'surrogate_said', 'plot_search', 'plot_surrogate']
 
 # %% ../../nbs/lab/search.ipynb #28a67d71
 import ast
@@ -425,7 +425,7 @@ def ask(search: UnderWay) -> None:
     search.study.sampler = sampler_at(search.question["sampler"], search.question["seed"], len(search.trials()))
     begin(search, search.study.ask())
 
-# %% ../../nbs/lab/search.ipynb #ecb99fb8
+# %% ../../nbs/lab/search.ipynb #959aa8b4
 def judged(
     search: UnderWay,
     trial: "optuna.Trial",
@@ -443,9 +443,17 @@ def judged(
     return False
 
 
+def turned(question: Mapping[str, Any]) -> int:
+    "-1 where reports are better the other way round than the metric: Optuna knows one direction only."
+    return 1 if question["report_direction"] == question["direction"] else -1
+
+
 def reports_of(search: UnderWay, task: str) -> dict[int, float]:
-    "What a task has reported, where that matters."
-    return reports(search.sweep.folder(task) / "out", search.question["report"], search.where) if search.question["stopping"] != "none" else {}
+    "What a task has reported, where that matters, better as the metric is better."
+    if search.question["stopping"] == "none":
+        return {}
+    found = reports(search.sweep.folder(task) / "out", search.question["report"], search.where)
+    return {step: turned(search.question) * value for step, value in found.items()}
 
 
 def look(search: UnderWay) -> None:
@@ -530,7 +538,7 @@ class Result:
         least = f"best feasible {metric} {best[metric]:.6g}, trial {best['number']}" if best else "none feasible"
         return f"{len(self.table)} trials ({counts or 'none'}); {least}"
 
-# %% ../../nbs/lab/search.ipynb #f028242d
+# %% ../../nbs/lab/search.ipynb #86b8ed89
 def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
     "The trials of a study: number, state, parameters, metric, constrained columns, feasible, and the task."
     import pandas as pd
@@ -544,7 +552,7 @@ def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
         row |= {one.name: one.value(trial.params[one.name]) if one.name in trial.params else None for one in space}
         row |= {name: float(NOT_FINITE.get(value := measured.get(name), value) if measured.get(name) is not None else math.nan) for name in columns}
         if question["stopping"] != "none":
-            row |= dict(last_step=trial.last_step, last_report=trial.intermediate_values[trial.last_step] if trial.last_step is not None else math.nan)
+            row |= dict(last_step=trial.last_step, last_report=turned(question) * trial.intermediate_values.get(trial.last_step, math.nan))
         complete = trial.state.name == "COMPLETE"
         row["feasible"] = (complete and all(value <= 0 for value in trial.constraints.values())) if trial.state.is_finished() else None
         rows.append(row | dict(task=trial.user_attrs.get("task", "")))
@@ -563,15 +571,16 @@ def found(folder: Path | str) -> Result:
     with _quiet():
         return Result(folder, question, table_of(optuna.load_study(study_name=STUDY, storage=_storage(folder / "study.log")), question))
 
-# %% ../../nbs/lab/search.ipynb #8dce5930
+# %% ../../nbs/lab/search.ipynb #3e939dd0
 def _checked(notebook: Notebook, space: Mapping[str, Any], fixed: Mapping[str, Any], options: dict) -> tuple[list[Dimension], dict]:
     "The dimensions of the space, and the parameters that are fixed; an error in one line where the question is none."
     known([*space, *fixed], notebook.parameters)
     if both := [name for name in space if name in fixed]:
         raise SearchError(f"parameter {both[0]!r} is both searched and fixed; leave one of them out")
-    for name, allowed in dict(direction=("minimize", "maximize"), sampler=("tpe", "random"), stopping=("none", "asha", "hyperband")).items():
+    ways = ("minimize", "maximize")
+    for name, allowed in dict(direction=ways, sampler=("tpe", "random"), stopping=("none", "asha", "hyperband"), report_direction=("", *ways)).items():
         if options[name] not in allowed:
-            raise SearchError(f"--{name}: {no_such('choice', options[name], allowed)}")
+            raise SearchError(f"--{name.replace('_', '-')}: {no_such('choice', options[name], [one for one in allowed if one])}")
     for name, least in dict(trials=1, seed=0, least=1, reduction=2).items():
         check_whole(f"--{name}", options[name], SearchError, least)
     if options["stopping"] == "hyperband" and not options["most"]:
@@ -580,8 +589,8 @@ def _checked(notebook: Notebook, space: Mapping[str, Any], fixed: Mapping[str, A
         raise SearchError("--most is the longest run of --stopping hyperband, and means nothing without it")
     if options["most"]:
         check_whole("--most", options["most"], SearchError, options["least"])
-    if options["report"] and options["stopping"] == "none":
-        raise SearchError("--report names what --stopping asha or hyperband looks at, and means nothing without one of them")
+    if options["stopping"] == "none" and (name := next((name for name in ("report", "report_direction") if options[name]), "")):
+        raise SearchError(f"--{name.replace('_', '-')} is about what --stopping asha or hyperband looks at, and means nothing without one of them")
     dimensions = [dimension(notebook.parameters[name], given) for name, given in space.items()]
     searched = [one for one in dimensions if len(one.values) > 1]
     if not searched:
@@ -592,13 +601,14 @@ def _checked(notebook: Notebook, space: Mapping[str, Any], fixed: Mapping[str, A
         fixed = dict(fixed) | {name: values[0]}
     return searched, {one.name: one.values[0] for one in dimensions if len(one.values) == 1} | dict(fixed)
 
-# %% ../../nbs/lab/search.ipynb #4fe0f343
+# %% ../../nbs/lab/search.ipynb #2b39f596
 def _question(notebook: Notebook, space: Sequence[Dimension], fixed: Mapping[str, Any], options: dict) -> dict:
     "What is asked, in the types that JSON has."
     bounds = [constraint(text) for text in options["constraints"]]
     looks = [("--metric", options["metric"]), *(("--constraint", one.column) for one in bounds)]
     if options["stopping"] != "none":
-        options["report"] = options["report"] or options["metric"]
+        options = options | dict(report=options["report"] or options["metric"])
+        options["report_direction"] = options["report_direction"] or (options["direction"] if options["report"] == options["metric"] else "minimize")
         looks.append(("--report", options["report"]))
     for role, column in looks:
         check_measure(column, role, notebook.parameters, options["on_test"])
@@ -611,7 +621,7 @@ def _question(notebook: Notebook, space: Sequence[Dimension], fixed: Mapping[str
         | asked | dict(constraints=list(dict.fromkeys(map(str, bounds))), where=list(options["where"]))
     )  # fmt: skip
 
-# %% ../../nbs/lab/search.ipynb #1ec8fd2f
+# %% ../../nbs/lab/search.ipynb #f05f0224
 def search(
     notebook: Path | str,
     folder: Path | str,
@@ -628,6 +638,7 @@ def search(
     seed: int = 0,  # of the sampler
     stopping: str = "none",  # asha or hyperband: end runs early that are behind
     report: str = "",  # the column of the histories that this looks at; empty: the metric
+    report_direction: str = "",  # minimize or maximize; empty: as the metric where it is the metric, else minimize
     least: int = 1,  # steps before a run may be stopped
     most: int | None = None,  # hyperband: the last step of a whole run
     reduction: int = 3,  # one in so many goes on from each rung
@@ -639,7 +650,7 @@ def search(
     "Search for the parameters with the best metric among those that keep to the constraints; go on where the search in the folder stands."
     read, sweep = read_notebook(notebook), Sweep(Path(folder))
     asked = dict(metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
-                 stopping=stopping, report=report, least=least, most=most, reduction=reduction)  # fmt: skip
+                 stopping=stopping, report=report, report_direction=report_direction, least=least, most=most, reduction=reduction)  # fmt: skip
     dimensions, values = _checked(read, space, fixed, asked)
     question = _question(read, dimensions, values, asked)
     from flatmin_nb.lab.sweep import Workers, _ended_by_signals
@@ -746,7 +757,7 @@ def surrogate_said(check: "pd.DataFrame") -> str:
     forest, mean = ((check[name] - check["actual"]).abs().mean() for name in ("predicted", "mean_before"))
     return f"surrogate: off by {forest:.3g} on average, on {len(check)} trials that it had not seen; the mean of the trials before: {mean:.3g}"
 
-# %% ../../nbs/lab/search.ipynb #845e50ad
+# %% ../../nbs/lab/search.ipynb #262c7c87
 def plot_search(result: Result, ax: Any) -> Any:
     "Trials in their order, feasible or not, and the best feasible one so far."
     metric, table = result.question["metric"], result.table
@@ -754,7 +765,7 @@ def plot_search(result: Result, ax: Any) -> Any:
     good, bad = ended[ended["feasible"].astype(bool)], ended[~ended["feasible"].astype(bool)]
     ax.plot(bad["number"], bad[metric], "x", color="0.65", label="not feasible")
     ax.plot(good["number"], good[metric], "o", color="C0", markersize=4, label="feasible")
-    if "last_report" in table and result.question["report"] == metric:
+    if "last_report" in table and result.question["report"] == metric:  # on the same axis
         early = table[table["state"] == "stopped"]
         ax.plot(early["number"], early["last_report"], "|", color="0.65", label="stopped early")
     if len(good):

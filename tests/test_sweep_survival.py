@@ -1,0 +1,619 @@
+"""Sweeps as a user runs them, while runs, workers, machines and drivers are killed, disks are full and files are damaged."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import flatmin_nb
+import psutil
+import pytest
+import torch
+from flatmin_nb.lab.grids import SweepError
+from flatmin_nb.lab.notebooks import identity, read_notebook
+from flatmin_nb.lab.sweep import Workers, run_task
+from flatmin_nb.lab.tasks import Sweep, driven, is_driven, load, standing, task_of, write_json
+
+FLATMIN = Path(sys.executable).parent / "flatmin"
+AT_LAST = 60.0  # seconds to wait for what takes as long as it takes; not reached where all is well
+
+PARAMETERS = """
+what: str = "ends"  # what becomes of the run
+seed: int = 0
+wandb_mode: str = "disabled"
+place: str = {place!r}  # a folder beside the sweep
+out: str = ""
+"""
+CODE = r"""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+place, out, name = Path(place), Path(out), f"{what.replace('/', '-')}-{seed}"
+
+def note(word):
+    with open(place / "log.txt", "a") as log:
+        log.write(f"{word} {name}\n")
+
+def write(path, content):
+    path.with_suffix(".part").write_text(json.dumps(content))
+    path.with_suffix(".part").rename(path)
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.05)
+
+def first_time():
+    marker = place / f"{name}.marker"
+    return not marker.exists() and not marker.touch()
+
+def family():
+    "Write down who this process and its worker are, and children that are ever harder to find."
+    sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    away = "import os, subprocess, sys; os.fork() and os._exit(0); os.setsid(); print(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid)"
+    plain, session = subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)
+    daemon = subprocess.run([sys.executable, "-c", away, *sleep], stdout=subprocess.PIPE, text=True).stdout
+    bare = subprocess.Popen(sleep, start_new_session=True, env={})
+    there = dict(worker=os.getppid(), kernel=os.getpid(), plain=plain.pid, session=session.pid, daemon=int(daemon), bare=bare.pid)
+    write(place / f"{name}-{os.getpid()}.family", there)
+
+note("begun")
+out.mkdir(parents=True, exist_ok=True)
+write(place / f"{name}.environment", {key: os.environ.get(key) for key in ("CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP", "RAY_AUTH_TOKEN")})
+print("last words of", name, flush=True)
+
+if what == "holds":
+    family()
+    wait_for((place / "release").exists)
+if what == "meets":  # all of a party are there at once
+    (place / f"{name}.there").touch()
+    wait_for(lambda: len(list(place.glob("meets-*.there"))) >= int((place / "party").read_text()))
+if what == "dies" or what == "dies_once" and first_time():
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "loses_its_worker" and first_time():
+    family()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)
+if what == "raises" and not (place / "mended").exists():
+    raise ValueError("no such luck")
+if what == "fills":
+    (out / "large").write_bytes(bytes(4_000_000))
+
+if what == "resumes":
+    from flatmin_nb.lab.results import Run
+    run = Run(out, {"seed": seed})
+    steps = (run.checkpoint() or {"steps": 0})["steps"]
+    for step in range(steps, 4):
+        note(f"step-{step}")
+        run.save_checkpoint({"steps": step + 1})
+        if step == 1 and first_time():
+            os.kill(os.getpid(), signal.SIGKILL)
+    run.finish(None, None, square=steps**2)
+else:
+    write(out / "run.json", dict(status="finished", parameters=dict(seed=seed), summary=dict(square=seed**2)))
+if what == "spoils":
+    (out / "run.json").write_text('{"status": "finish')
+note("ended")
+"""
+
+
+def notebook_of(path: Path, *cells: str | tuple[str, str]) -> Path:
+    "A notebook: the parameters, code, and Markdown as a pair of 'markdown' and its text."
+    content = []
+    for number, cell in enumerate(cells):
+        kind, source = cell if isinstance(cell, tuple) else ("code", cell)
+        more = dict(outputs=[], execution_count=None) if kind == "code" else {}
+        content.append(dict(cell_type=kind, id=f"cell{number}", metadata={} if number else {"tags": ["parameters"]}, source=source) | more)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(cells=content, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def until(condition: Callable, what: str, seconds: float = AT_LAST):
+    "What the condition gives as soon as that is true."
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"after {seconds:g} s there is not: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def living(processes) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def gone(processes, seconds: float = 10.0) -> None:
+    "Wait until all are; so many seconds are what a user is promised."
+    processes = list(processes)
+    try:
+        until(lambda: not living(processes), "an end of all processes", seconds)
+    except AssertionError:
+        told = [(process.pid, process.ppid(), " ".join(process.cmdline())[:200]) for process in living(processes)]
+        assert told == []
+
+
+class Toy:
+    "A notebook, a folder to sweep it into, and a place beside it where its runs leave word."
+
+    def __init__(self, root: Path, name: str = "toy"):
+        self.folder, self.place = root / "sweep", root / "place"
+        self.place.mkdir(parents=True)
+        self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
+        self.drivers, self.seen = [], []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        without = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "CUDA_"))}
+        return without | dict(TMPDIR=str(self.scratch), OMP_NUM_THREADS="1", FLATMIN_TOY=self.scratch.name)
+
+    def flatmin(self, *words, **environment) -> subprocess.CompletedProcess:
+        "A command, to its end."
+        return subprocess.run([FLATMIN, *map(str, words)], env=self.environment | environment, capture_output=True, text=True, timeout=2 * AT_LAST)
+
+    def start(self, *words) -> SimpleNamespace:
+        "flatmin sweep, as a job of its own as a shell starts it."
+        number = len(self.drivers)
+        out, err = self.place / f"driver-{number}.out", self.place / f"driver-{number}.err"
+        with open(out, "w") as first, open(err, "w") as second:
+            command = [FLATMIN, "sweep", self.notebook, self.folder, *map(str, words)]
+            process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=first, stderr=second, start_new_session=True)
+        self.drivers.append(SimpleNamespace(process=process, out=out.read_text, err=err.read_text))
+        return self.drivers[-1]
+
+    def to_the_end(self, driver: SimpleNamespace) -> int:
+        "The exit status of a driver."
+        return driver.process.wait(timeout=2 * AT_LAST)
+
+    def processes(self, driver: SimpleNamespace) -> list[psutil.Process]:
+        "The driver's children and theirs."
+        return psutil.Process(driver.process.pid).children(recursive=True)
+
+    def families(self, name: str = "*") -> list[dict[str, psutil.Process]]:
+        "The processes of those runs that hold or have lost their worker, as they were when this was asked first."
+        for path in sorted(self.place.glob(f"{name}.family")):
+            if path.stem not in (known := dict(self.seen)):
+                there = {}
+                for role, pid in json.loads(path.read_text()).items():
+                    try:
+                        there[role] = psutil.Process(pid)
+                    except psutil.NoSuchProcess:
+                        pass
+                self.seen.append((path.stem, there))
+        return [there for stem, there in self.seen if Path(stem).match(name)]
+
+    def holding(self, count: int) -> list[psutil.Process]:
+        "All processes of so many runs that hold."
+        ended = lambda: [driver.err() for driver in self.drivers[-1:] if driver.process.poll() is not None]
+        families = until(lambda: len(found := self.families("holds-*")) >= count and found or ended(), f"{count} runs that hold")
+        assert not ended(), ended()
+        assert all(len(living(family.values())) == 6 for family in families)
+        return [process for family in families for process in family.values()]
+
+    def log(self) -> Counter:
+        "How often a run left which word."
+        path = self.place / "log.txt"
+        return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+    def environment_of(self, name: str) -> dict:
+        return json.loads((self.place / f"{name}.environment").read_text())
+
+    def records(self) -> dict[str, dict]:
+        "What the folder says of each run."
+        found = [json.loads(path.read_text()) for path in self.folder.glob("tasks/*/task.json")]
+        return {f"{record['args']['what']}-{record['args']['seed']}": record for record in found}
+
+    def status(self) -> dict[str, str]:
+        return {name: record["status"] for name, record in self.records().items()}
+
+    def close(self) -> None:
+        "End what is left."
+        left = [process for family in self.families() for process in family.values()]
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FLATMIN_TOY") == self.scratch.name:
+                    left.append(process)
+            except psutil.Error:
+                pass
+        for process in living(left):
+            try:
+                process.kill()
+            except psutil.Error:
+                pass
+        for driver in self.drivers:
+            driver.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def toy_in():
+    "To make toys, all of which are gone at the end."
+    toys = []
+
+    def make(root: Path, **options) -> Toy:
+        toys.append(Toy(root, **options))
+        return toys[-1]
+
+    yield make
+    for toy in toys:
+        toy.close()
+
+
+@pytest.fixture
+def toy(tmp_path, toy_in) -> Toy:
+    made = toy_in(tmp_path)
+    yield made
+    made.close()
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=10**8))
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    if line.startswith("add"):
+        node = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    else:
+        cluster.remove_node(node, allow_graceful=False)
+    print(node.all_processes["raylet"][0].process.pid if line.startswith("add") else "", flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A cluster that outlives its drivers: `address`, and `do('add')` and `do('remove')` for a second machine."
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "CUDA_"))} | {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER], env=environment | {"RAY_USAGE_STATS_ENABLED": "0"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True, start_new_session=True
+        )
+
+        def said() -> str:
+            line = process.stdout.readline()
+            noise.seek(0)
+            assert line, noise.read().decode()
+            return line.strip()
+
+        def do(word: str) -> str:
+            process.stdin.write(word + "\n")
+            process.stdin.flush()
+            return said()
+
+        yield SimpleNamespace(address=said(), do=do)
+        there = psutil.Process(process.pid).children(recursive=True)
+        process.stdin.close()
+        process.wait(timeout=AT_LAST)
+        process.stdout.close()
+        for left in living(there):
+            left.kill()
+
+
+# ---- one sweep in which nearly everything happens ----
+
+POINTS = """what,wandb_mode
+holds,offline
+dies,disabled
+loses_its_worker,disabled
+ends,disabled
+dies_once,disabled
+raises,disabled
+resumes,disabled
+spoils,disabled
+../../x,disabled
+"""
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory, toy_in) -> SimpleNamespace:
+    "The toy, and what was seen of it while it was swept, afterwards, and when the same command was given again."
+    toy = toy_in(tmp_path_factory.mktemp("story") / "a{b} c", name="{toy} 1")
+    (toy.place / "points.csv").write_text(POINTS)
+    words = ("--table", toy.place / "points.csv", "--retries", 1)
+    story = SimpleNamespace(toy=toy, words=words)
+    driver = toy.start(*words)
+    toy.holding(1)
+    story.pid = driver.process.pid
+    story.status = toy.flatmin("status", toy.folder)
+    story.second = toy.flatmin("sweep", toy.notebook, toy.folder, *words)
+    story.lost = until(lambda: toy.families("loses_its_worker-*"), "a run that lost its worker")[0]
+    gone(process for role, process in story.lost.items())
+    (toy.place / "release").touch()
+    story.exit, story.out, story.err, story.log = toy.to_the_end(driver), driver.out(), driver.err(), toy.log()
+    story.records, story.table = toy.records(), toy.flatmin("load", toy.folder)
+    story.names = {path.name for path in toy.folder.glob("tasks/*")}
+    gone(process for family in toy.families() for process in family.values())
+    (toy.place / "mended").touch()
+    story.dry = toy.flatmin("sweep", toy.notebook, toy.folder, *words, "--dry-run")
+    again = toy.start(*words)
+    story.exit_again, story.log_again, story.records_again = toy.to_the_end(again), toy.log() - story.log, toy.records()
+    return story
+
+
+def outcomes(record: dict) -> list[str]:
+    return [attempt["outcome"] for attempt in record["attempts"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_always_dies_has_failed(story):
+    record = story.records["dies-0"]
+    assert record["status"] == "failed" and outcomes(record) == ["died", "died"]
+    assert "died 2 times" in record["error"] and "last words of dies-0" in record["error"] and "\n" not in record["error"]
+    assert story.exit == 1
+    assert [line for line in story.err.splitlines() if line.startswith("failed") and "what = dies," in line and "last words of dies-0" in line]
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_once_is_tried_again(story):
+    record = story.records["dies_once-0"]
+    assert record["status"] == "finished" and outcomes(record) == ["died", "finished"] and record["error"] == ""
+    assert story.log["begun dies_once-0"] == 2 and story.log["ended dies_once-0"] == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_takes_its_run_along_and_the_run_is_tried_again(story):
+    record = story.records["loses_its_worker-0"]  # that its kernel and its children are gone, the story itself has seen
+    assert record["status"] == "finished" and outcomes(record) == ["died", "finished"] and record["error"] == ""
+    assert record["attempts"][0]["pid"] != record["attempts"][1]["pid"]
+    assert story.log["begun loses_its_worker-0"] == 2 and story.log["ended loses_its_worker-0"] == 1
+
+
+@pytest.mark.slow
+def test_the_others_go_on(story):
+    assert {name for name, record in story.records.items() if record["status"] != "finished"} == {"dies-0", "raises-0"}
+    assert {name: record["status"] for name, record in story.records.items() if record["status"] != "finished"} == {"dies-0": "failed", "raises-0": "failed"}
+    assert story.out.splitlines()[-1] == "7 finished, 2 failed"
+
+
+@pytest.mark.slow
+def test_an_exception_is_not_tried_again_by_itself(story):
+    record = story.records["raises-0"]
+    assert record["status"] == "failed" and outcomes(record) == ["failed"] and record["error"] == "ValueError: no such luck"
+    assert story.log["begun raises-0"] == 1
+
+
+@pytest.mark.slow
+def test_the_same_command_tries_what_failed_and_nothing_else(story):
+    assert "9 points in 9 runs: 7 ended, 2 to be run" in story.dry.stdout
+    assert {line.split()[1] for line in story.log_again} == {"dies-0", "raises-0"}
+    assert story.records_again["raises-0"]["status"] == "finished" and story.records_again["raises-0"]["error"] == ""
+    assert story.records_again["dies-0"]["status"] == "failed" and story.exit_again == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_checkpoint_is(story):
+    steps = {line.split()[0]: count for line, count in story.log.items() if line.endswith("resumes-0") and line.startswith("step")}
+    assert steps == {"step-0": 1, "step-1": 1, "step-2": 1, "step-3": 1}
+    assert outcomes(story.records["resumes-0"]) == ["died", "finished"]
+    record = json.loads(next(story.toy.folder.glob(f"tasks/{story.records['resumes-0']['task']}/out/run.json")).read_text())
+    assert record["status"] == "finished" and len(record["resumed"]) == 1 and record["summary"] == {"square": 16}
+
+
+@pytest.mark.slow
+def test_status_tells_who_runs(story):
+    assert story.status.returncode == 0 and story.status.stderr == ""
+    assert re.search(rf"^swept by process {story.pid} on \S+ since \S+$", story.status.stdout, re.M)
+    assert re.search(r"^running: what = holds, wandb_mode = offline, process \d+ on \S+ since \S+$", story.status.stdout, re.M)
+    assert "1 running" in story.status.stdout or "2 running" in story.status.stdout
+
+
+@pytest.mark.slow
+def test_a_second_driver_is_refused(story):
+    assert story.second.returncode == 1 and story.second.stdout == ""
+    line = story.second.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"Error: '.*' is being swept by process {story.pid} on \S+ since \S+; wait for it, .*", line)
+    assert "Traceback" not in story.second.stderr
+    assert story.log["begun holds-0"] == 1 and story.records["holds-0"]["status"] == "finished"  # the first was not disturbed
+
+
+@pytest.mark.slow
+def test_hostile_values_and_paths_stay_inside(story):
+    assert all(re.fullmatch("[0-9a-f]{20}", name) for name in story.names) and len(story.names) == 9
+    assert story.records["../../x-0"]["status"] == "finished"
+    root = story.toy.folder.parent
+    assert {path.name for path in root.iterdir()} == {"sweep", "place", "{toy} 1.ipynb"}
+    assert {path.name for path in root.parent.iterdir()} == {"a{b} c"}
+
+
+@pytest.mark.slow
+def test_a_record_that_cannot_be_read_hides_no_run(story):
+    assert story.records["spoils-0"]["status"] == "finished"
+    runs = load(story.toy.folder)
+    row = runs.table.set_index("what").loc["spoils"]
+    assert row["status"] == "finished" and math.isnan(row["square"])
+    assert dict(runs.table.set_index("what")["square"].dropna()) == {
+        "holds": 0, "loses_its_worker": 0, "ends": 0, "dies_once": 0, "raises": 0, "resumes": 16, "../../x": 0,
+    }  # fmt: skip
+    assert story.table.returncode == 0 and story.table.stdout.count("finished") == 7 and "raises" not in story.table.stdout
+
+
+@pytest.mark.slow
+def test_a_run_knows_its_group_and_no_gpu_and_no_secret(story):
+    for name in ("holds-0", "ends-0"):
+        group = "sweep" if name == "holds-0" else None
+        assert story.toy.environment_of(name) == {"CUDA_VISIBLE_DEVICES": "", "WANDB_RUN_GROUP": group, "RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.slow
+def test_what_is_other_code_and_what_is_not(story, tmp_path):
+    "A dry run tells how many runs of the folder are taken for those that are asked for."
+    toy, package = story.toy, tmp_path / "package" / "flatmin_nb"
+
+    def ended(*cells, **environment) -> int:
+        notebook = notebook_of(tmp_path / toy.notebook.name, *cells)
+        result = toy.flatmin("sweep", notebook, toy.folder, *story.words, "--dry-run", **environment)
+        assert result.returncode == 0, result.stderr
+        return int(re.search(r"runs: (\d+) ended", result.stdout)[1])
+
+    parameters, words = PARAMETERS.format(place=str(toy.place)), ("markdown", "What is to be seen.")
+    assert ended(parameters, words, CODE) == 8
+    assert ended(parameters, ("markdown", "Other words."), CODE, ("markdown", "And more.")) == 8
+    assert ended(parameters, words, CODE.replace("seed**2", "seed**3")) == 0
+    assert ended(parameters.replace("seed: int = 0", "seed: int = 1"), words, CODE) == 0
+    shutil.copytree(Path(flatmin_nb.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert ended(parameters, words, CODE, PYTHONPATH=str(package.parent)) == 8
+    with open(package / "lab" / "scaling.py", "a") as module:
+        module.write("\nEDITED = True\n")
+    assert ended(parameters, words, CODE, PYTHONPATH=str(package.parent)) == 0
+
+
+# ---- drivers that end early ----
+
+def interrupted(toy: Toy, driver: SimpleNamespace, way: str) -> subprocess.CompletedProcess | None:
+    if way == "cancel":
+        return toy.flatmin("cancel", toy.folder)
+    if way == "SIGINT":  # a terminal sends Ctrl-C to all processes of the job
+        os.killpg(driver.process.pid, signal.SIGINT)
+    else:
+        driver.process.send_signal(getattr(signal, way))
+
+
+SOME = ("-p", "what", "['ends', 'holds']", "-p", "seed", "range(3)")  # three runs that end at once, and three that hold
+
+
+def begun(toy: Toy, *words) -> tuple[SimpleNamespace, list[psutil.Process]]:
+    "A driver that has finished three runs and has two that hold, and all processes that are there because of it."
+    driver = toy.start(*SOME, *words)
+    families = toy.holding(2)
+    assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "running", "holds-1": "running"}
+    return driver, [*families, *toy.processes(driver)]
+
+
+def goes_on(toy: Toy, *words) -> None:
+    "The same command does what is left, and nothing twice."
+    assert "6 points in 6 runs: 3 ended, 3 to be run" in toy.flatmin("sweep", toy.notebook, toy.folder, *SOME, "--dry-run").stdout
+    (toy.place / "release").touch()
+    assert toy.to_the_end(toy.start(*SOME, *words)) == 0
+    names = [f"{what}-{seed}" for what in ("ends", "holds") for seed in range(3)]
+    assert toy.status() == dict.fromkeys(names, "finished")
+    log = toy.log()
+    assert {name: log[f"ended {name}"] for name in names} == dict.fromkeys(names, 1)
+    assert {name: log[f"begun {name}"] for name in names} == {"ends-0": 1, "ends-1": 1, "ends-2": 1, "holds-0": 2, "holds-1": 2, "holds-2": 1}
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed(toy):
+    driver, processes = begun(toy)
+    driver.process.kill()
+    loaded = toy.flatmin("load", toy.folder)
+    assert loaded.stdout.count("finished") == 3 and "holds" not in loaded.stdout
+    status = toy.flatmin("status", toy.folder).stdout
+    assert "3 finished, 2 interrupted, 1 waiting" in status and "nobody sweeps into it now" in status
+    gone(processes)
+    goes_on(toy)
+
+
+@pytest.mark.slow
+def test_ctrl_c(toy):
+    driver, processes = begun(toy)
+    interrupted(toy, driver, "SIGINT")
+    assert toy.to_the_end(driver) == 130
+    gone(processes)  # Ray's own too
+    assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
+    assert list(toy.scratch.iterdir()) == []
+    assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "cancelled", "holds-1": "cancelled"}
+    assert len(load(toy.folder)) == 3 and load(toy.folder).table["status"].eq("finished").all()
+    assert not is_driven(Sweep(toy.folder))
+    assert "3 ended, 3 to be run" in toy.flatmin("sweep", toy.notebook, toy.folder, *SOME, "--dry-run").stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_ray_starts(toy):
+    driver = toy.start(*SOME)
+    processes = until(lambda: [*toy.processes(driver), *([driver.process] if driver.process.poll() is not None else [])], "a first process of Ray")
+    interrupted(toy, driver, "SIGINT")
+    assert toy.to_the_end(driver) == 130
+    gone(processes)
+    assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
+    assert list(toy.scratch.iterdir()) == []
+    assert toy.status() == {}
+
+
+# ---- on a cluster, which is there before its drivers and after them ----
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["SIGTERM", "cancel"])
+def test_a_sweep_that_is_ended(way, toy, cluster):
+    driver, processes = begun(toy, "--address", cluster.address)
+    told = interrupted(toy, driver, way)
+    assert toy.to_the_end(driver) == 130
+    gone(processes)
+    if told:
+        assert told.returncode == 0 and re.fullmatch(rf"ended the sweep by process {driver.process.pid} on \S+ since \S+\n", told.stdout)
+    assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
+    assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "cancelled", "holds-1": "cancelled"}
+    assert not is_driven(Sweep(toy.folder))
+    assert toy.flatmin("cancel", toy.folder).stdout == "nobody sweeps into it now\n"
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_on_a_cluster(toy, cluster):
+    driver, processes = begun(toy, "--address", cluster.address)
+    driver.process.kill()
+    gone(processes)
+    assert {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished"}.items() <= toy.status().items()
+    assert len(load(toy.folder)) == 3
+    goes_on(toy, "--address", cluster.address)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost(toy, cluster):
+    driver = toy.start("-p", "what", "['holds', 'ends']", "-p", "seed", "range(5)", "--address", cluster.address)
+    toy.holding(2)
+    raylet = int(cluster.do("add"))  # a machine that comes later gets work too
+    toy.holding(3)
+    [lost] = [family for family in toy.families() if family["worker"].ppid() == raylet]
+    others = [process for family in toy.families() if family is not lost for process in family.values()]
+    cluster.do("remove")
+    gone(lost.values())
+    assert len(living(others)) == len(others)
+    (toy.place / "release").touch()
+    assert toy.to_the_end(driver) == 0
+    names = {f"{what}-{seed}" for what in ("holds", "ends") for seed in range(5)}
+    assert toy.status() == dict.fromkeys(names, "finished")
+    assert sorted(map(outcomes, toy.records().values())) == [["died", "finished"], *[["finished"]] * 9]
+    log = toy.log()
+    assert {name: log[f"ended {name}"] for name in names} == dict.fromkeys(names, 1)
+    assert len(load(toy.folder)) == 10
+    gone(process for family in toy.families() for process in family.values())
+
+
+@pytest.mark.slow
+def test_each_run_sees_its_own_gpu(toy, cluster):
+    "Those of a party run at the same time, so each of a party of two has one of the two GPUs for itself."
+    def gpus(seeds: list[int], **options) -> list[str]:
+        for there in toy.place.glob("meets-*.there"):
+            there.unlink()
+        (toy.place / "party").write_text(str(len(seeds)))
+        code = "import json, sys, ray; from flatmin_nb.lab.sweep import sweep; ray.init(address=sys.argv[1], log_to_driver=False)\nfor line in sys.stdin: print(len(sweep(*sys.argv[2:4], json.loads(line)[0], **json.loads(line)[1])), flush=True)"
+        if not hasattr(toy, "api"):
+            toy.api = subprocess.Popen([sys.executable, "-c", code, cluster.address, toy.notebook, toy.folder], env=toy.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        toy.api.stdin.write(json.dumps([dict(what=["meets"], seed=seeds), options]) + "\n")
+        toy.api.stdin.flush()
+        assert toy.api.stdout.readline() != ""
+        return sorted(toy.environment_of(f"meets-{seed}")["CUDA_VISIBLE_DEVICES"] for seed in seeds)
+
+    assert gpus([0, 1], gpus_per_run=1) == ["0", "1"]
+    assert gpus([2, 3, 4, 5], gpus_per_run=0.5, cpus_per_run=0.5) == ["0", "0", "1", "1"]
+    assert gpus([6], gpus_per_run=0) == [""]
+    toy.api.stdin.close()
+    toy.api.wait(timeout=AT_LAST)

@@ -209,7 +209,7 @@ def test_texts_that_are_none(parameter, text, said, monkeypatch, tmp_path):
     ({"u": "0.5"}, {}, "nothing is searched"),
     ({}, {}, "nothing is searched"),
     ({"u": "uniform(0, 1)"}, {"u": "0.5"}, "both searched and fixed"),
-    ({"u": "uniform(0, 1)"}, {"L": "[1, 2]"}, "-p L has 2 values"),
+    ({"u": "uniform(0, 1)"}, {"L": "[1, 2]"}, "'L' is fixed at 2 values"),
     ({"u": "uniform(0, 1)"}, {"M": "1"}, "no parameter 'M'"),
 ])  # fmt: skip
 def test_spaces_that_do_not_fit_the_notebook(tmp_path, space, fixed, said):
@@ -653,12 +653,12 @@ def test_asha_decides_as_successive_halving_by_hand(tmp_path, least, reduction):
 @pytest.mark.parametrize("way", ["maximize", "minimize"])
 def test_what_is_reported_may_be_better_the_other_way_round(tmp_path, way):
     "The largest size, and runs are stopped for the error that they report: the lowest error goes on, whatever is wanted of the size."
-    run = lambda u, v, **_: (steps_of(u), dict(size=v, density=u))
+    run = lambda u, v, **_: (steps_of(u), dict(size=v**2, density=u))
     result = ask(tmp_path / "s", run, metric="size", direction=way, report="density", stopping="asha", trials=20, at_once=1)
     last = halved(result.table["u"].tolist(), 1, 3, 9)
     assert result.table["last_step"].tolist() == [last[number] for number in range(20)]
     assert np.allclose(result.table["last_report"], result.table["u"] + 1 / result.table["last_step"])
-    accuracy = lambda u, v, **_: ([dict(epoch=row["epoch"], accuracy=-row["density"]) for row in steps_of(u)], dict(size=v, accuracy=-u))
+    accuracy = lambda u, v, **_: ([dict(epoch=row["epoch"], accuracy=-row["density"]) for row in steps_of(u)], dict(size=v**2, accuracy=-u))
     turned = ask(tmp_path / "turned", accuracy, metric="size", direction=way, report="accuracy", report_direction="maximize", stopping="asha", trials=20, at_once=1)
     assert turned.table["last_step"].tolist() == result.table["last_step"].tolist()
     same = ask(tmp_path / "same", accuracy, metric="accuracy", direction="maximize", stopping="asha", trials=20, at_once=1)

@@ -6,8 +6,9 @@
 __all__ = ['RANGES', 'OBJECTIVES', 'ON_TEST', 'STUDY', 'SearchError', 'Dimension', 'parsed', 'dimension', 'Constraint',
            'constraint', 'check_measure', 'copied', 'row_of', 'number_in', 'mended', 'seed_of', 'sampler_at', 'drawn',
            'opened', 'asked_in', 'reported', 'reports', 'UnderWay', 'begin', 'ask', 'judged', 'turned', 'reports_of',
-           'look', 'measured', 'end', 'told', 'Result', 'table_of', 'found', 'search', 'until_all_ended', 'independent',
-           'keep', 'note', 'encoded', 'surrogate_check', 'surrogate_said', 'plot_search', 'plot_surrogate']
+           'look', 'measured', 'end', 'told', 'Result', 'table_of', 'found', 'check_options', 'divided', 'question_of',
+           'search', 'until_all_ended', 'independent', 'keep', 'note', 'encoded', 'surrogate_check', 'surrogate_said',
+           'plot_search', 'plot_surrogate']
 
 # %% ../../nbs/lab/search.ipynb #28a67d71
 import ast
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class SearchError(OneLineError, ValueError):
     "A search that cannot be made, or cannot be gone on with."
 
-# %% ../../nbs/lab/search.ipynb #1bc4ff60
+# %% ../../nbs/lab/search.ipynb #97576286
 RANGES = ("uniform", "loguniform", "integers", "logintegers")
 
 
@@ -53,7 +54,8 @@ class Dimension:
     values: tuple  # the two ends, or what there is to choose from
 
     def __str__(self) -> str:
-        return f"{self.kind}({', '.join(repr(value).replace('inf', '1e999') if isinstance(value, float) else repr(value) for value in self.values)})"
+        texts = [repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value) for value in self.values]  # literals
+        return f"{self.kind}({', '.join(texts)})"
 
     @property
     def log(self) -> bool:
@@ -75,7 +77,7 @@ class Dimension:
         "The value of the parameter that a study has recorded."
         return self.values[self.labels.index(recorded)] if self.kind == "choice" else recorded
 
-# %% ../../nbs/lab/search.ipynb #668d314c
+# %% ../../nbs/lab/search.ipynb #42ac56c3
 def parsed(
     name: str,
     text: str,  # loguniform(1e-3, 1)
@@ -92,7 +94,8 @@ def parsed(
     except (ValueError, TypeError, RecursionError):
         arguments = ()
     if node.keywords or not arguments:
-        raise SearchError(f"-p {name} {text!r}: {node.func.id} takes values as they are, and no names or expressions; write {node.func.id}(1, 10), say")
+        kind = node.func.id
+        raise SearchError(f"-p {name} {text!r}: {kind} takes values as they are, and no names or expressions; write {kind}(1, 10), say")
     return Dimension(name, node.func.id, arguments)
 
 # %% ../../nbs/lab/search.ipynb #522d21e7
@@ -158,7 +161,7 @@ def constraint(text: str) -> Constraint:
         raise SearchError(f"--constraint {text!r}: {matched[3]} is no finite number")
     return Constraint(matched[1], matched[2], bound)
 
-# %% ../../nbs/lab/search.ipynb #38b605b8
+# %% ../../nbs/lab/search.ipynb #d9b8c386
 OBJECTIVES = {"objective", "elbo", "kl", "penalised", "penalized", "regularised", "regularized", "surrogate"}
 ON_TEST = {"means_error", "pruned_error", "rounded_error"}  # of 05, without the word in their names
 
@@ -172,14 +175,14 @@ def check_measure(
     "Refuse a column that depends on the search by what it is, or that is for the last look only."
     words = set(re.split(r"[^a-z0-9]+", column.lower()))
     if column in parameters or column.rstrip("_") in parameters:
-        raise SearchError(f"{role} {column!r} is a parameter of the notebook, so its best value is known without a run; name what a run measures, val_error say")
+        trouble = "is a parameter of the notebook, so its best value is known without a run; name what a run measures, val_error say"
+        raise SearchError(f"{role} {column!r} {trouble}")
     if words & OBJECTIVES or column in ("loss", "alpha_loss") or ({"train", "loss"} <= words and "clean" not in words):
-        raise SearchError(f"{role} {column!r} is what training minimises, and its terms change with what is searched; name what means the same in every trial, val_error say")
+        trouble = "is what training minimises, and its terms change with what is searched; name what means the same in every trial, val_error say"
+        raise SearchError(f"{role} {column!r} {trouble}")
     if not on_test and ("test" in words or column in ON_TEST):
-        raise SearchError(
-            f"{role} {column!r} is measured on test images, which say nothing new once a trial is chosen by them; hold images out and name a validation column: "
-            "-p validation 0.2 --metric val_error (or insist with --on-test)"
-        )
+        trouble = "is measured on test images, which say nothing new once a trial is chosen by them; hold images out and name a validation column"
+        raise SearchError(f"{role} {column!r} {trouble}: -p validation 0.2 --metric val_error (or insist with --on-test)")
 
 # %% ../../nbs/lab/search.ipynb #788f8603
 def copied(
@@ -190,7 +193,7 @@ def copied(
     names = parameters[0] if len(set(values)) >= 3 else ()
     return next((name for name in names if all(value == point[name] for value, point in zip(values, parameters))), "")
 
-# %% ../../nbs/lab/search.ipynb #8ae867f6
+# %% ../../nbs/lab/search.ipynb #0f18bcc1
 def _same(value: Any, text: str) -> bool:
     "Whether a value of a row is what a text says."
     with suppress(ValueError):
@@ -222,7 +225,8 @@ def row_of(
         numbers = sorted({name for row in rows for name, value in row.items() if isinstance(value, Real) and not isinstance(value, bool)})
         raise SearchError(f"a finished run has no column {column!r}; it has {', '.join(numbers) or 'none'}")
     if len(having) > 1:
-        raise SearchError(f"a run came to {len(having)} rows with a column {column!r}, and their mean is the metric of nothing; say which one, {_distinguishing(having)}")
+        trouble = f"a run came to {len(having)} rows with a column {column!r}, and their mean is the metric of nothing"
+        raise SearchError(f"{trouble}; say which one, {_distinguishing(having)}")
     return having[0]
 
 
@@ -308,7 +312,7 @@ def _pruner(question: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
         return HyperbandPruner(min_resource=question["least"], max_resource=question["most"], reduction_factor=question["reduction"])
     return NopPruner()
 
-# %% ../../nbs/lab/search.ipynb #7154a57f
+# %% ../../nbs/lab/search.ipynb #e1ae73a4
 def opened(
     folder: Path,  # driven by this process
     question: dict,  # plain
@@ -324,7 +328,8 @@ def opened(
         theirs = asked_in(folder)["question"]
         unlike = next((name for name in question if theirs.get(name) != question[name]), "")
         if unlike and any(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
-            raise SearchError(f"'{folder}' holds a search with {unlike} = {theirs.get(unlike)!r}, not {question[unlike]!r}; ask the same question, or choose another folder")
+            trouble = f"'{folder}' holds a search with {unlike} = {theirs.get(unlike)!r}, not {question[unlike]!r}"
+            raise SearchError(f"{trouble}; ask the same question, or choose another folder")
         if unlike:
             path.unlink()
             study = None
@@ -538,7 +543,7 @@ class Result:
         least = f"best feasible {metric} {best[metric]:.6g}, trial {best['number']}" if best else "none feasible"
         return f"{len(self.table)} trials ({counts or 'none'}); {least}"
 
-# %% ../../nbs/lab/search.ipynb #86b8ed89
+# %% ../../nbs/lab/search.ipynb #866cf6b5
 def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
     "The trials of a study: number, state, parameters, metric, constrained columns, feasible, and the task."
     import pandas as pd
@@ -547,17 +552,18 @@ def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
     columns = list(dict.fromkeys([question["metric"], *(constraint(text).column for text in question["constraints"])]))
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        status, measured = trial.user_attrs.get("status", "running"), trial.user_attrs.get("measured", {})
-        row = dict(number=trial.number, state=status if trial.state.is_finished() else "running")
+        ended, values = trial.state.is_finished(), trial.user_attrs.get("measured", {})
+        row = dict(number=trial.number, state=trial.user_attrs.get("status", "failed") if ended else "running")
         row |= {one.name: one.value(trial.params[one.name]) if one.name in trial.params else None for one in space}
-        row |= {name: float(NOT_FINITE.get(value := measured.get(name), value) if measured.get(name) is not None else math.nan) for name in columns}
+        row |= {name: float(NOT_FINITE.get(value, value)) for name in columns if (value := values.get(name, "nan")) is not None and ended}
         if question["stopping"] != "none":
             row |= dict(last_step=trial.last_step, last_report=turned(question) * trial.intermediate_values.get(trial.last_step, math.nan))
-        complete = trial.state.name == "COMPLETE"
-        row["feasible"] = (complete and all(value <= 0 for value in trial.constraints.values())) if trial.state.is_finished() else None
+        if ended:
+            row["feasible"] = trial.state.name == "COMPLETE" and all(value <= 0 for value in trial.constraints.values())
         rows.append(row | dict(task=trial.user_attrs.get("task", "")))
-    order = ["number", "state", *question["space"], *columns, *(["last_step", "last_report"] if question["stopping"] != "none" else []), "feasible", "task"]
-    return pd.DataFrame(rows, columns=order).astype({"feasible": "boolean"})
+    reports = ["last_step", "last_report"] if question["stopping"] != "none" else []
+    order = ["number", "state", *question["space"], *columns, *reports, "feasible", "task"]
+    return pd.DataFrame(rows, columns=order).astype({"feasible": "boolean"} | dict.fromkeys(columns, float))
 
 
 def found(folder: Path | str) -> Result:
@@ -571,16 +577,14 @@ def found(folder: Path | str) -> Result:
     with _quiet():
         return Result(folder, question, table_of(optuna.load_study(study_name=STUDY, storage=_storage(folder / "study.log")), question))
 
-# %% ../../nbs/lab/search.ipynb #3e939dd0
-def _checked(notebook: Notebook, space: Mapping[str, Any], fixed: Mapping[str, Any], options: dict) -> tuple[list[Dimension], dict]:
-    "The dimensions of the space, and the parameters that are fixed; an error in one line where the question is none."
-    known([*space, *fixed], notebook.parameters)
-    if both := [name for name in space if name in fixed]:
-        raise SearchError(f"parameter {both[0]!r} is both searched and fixed; leave one of them out")
-    ways = ("minimize", "maximize")
-    for name, allowed in dict(direction=ways, sampler=("tpe", "random"), stopping=("none", "asha", "hyperband"), report_direction=("", *ways)).items():
-        if options[name] not in allowed:
-            raise SearchError(f"--{name.replace('_', '-')}: {no_such('choice', options[name], [one for one in allowed if one])}")
+# %% ../../nbs/lab/search.ipynb #3e7a7282
+def check_options(options: Mapping[str, Any]) -> None:
+    "Refuse options that do not exist, or mean nothing beside the others."
+    ways, early = ("minimize", "maximize"), options["stopping"] != "none"
+    choices = dict(direction=ways, sampler=("tpe", "random"), stopping=("none", "asha", "hyperband"), report_direction=ways)
+    for name, allowed in choices.items():
+        if options[name] not in allowed and not (name == "report_direction" and not options[name]):
+            raise SearchError(f"--{name.replace('_', '-')}: {no_such('choice', options[name], allowed)}")
     for name, least in dict(trials=1, seed=0, least=1, reduction=2).items():
         check_whole(f"--{name}", options[name], SearchError, least)
     if options["stopping"] == "hyperband" and not options["most"]:
@@ -589,39 +593,56 @@ def _checked(notebook: Notebook, space: Mapping[str, Any], fixed: Mapping[str, A
         raise SearchError("--most is the longest run of --stopping hyperband, and means nothing without it")
     if options["most"]:
         check_whole("--most", options["most"], SearchError, options["least"])
-    if options["stopping"] == "none" and (name := next((name for name in ("report", "report_direction") if options[name]), "")):
-        raise SearchError(f"--{name.replace('_', '-')} is about what --stopping asha or hyperband looks at, and means nothing without one of them")
-    dimensions = [dimension(notebook.parameters[name], given) for name, given in space.items()]
-    searched = [one for one in dimensions if len(one.values) > 1]
-    if not searched:
-        raise SearchError("nothing is searched: give a parameter more than one value, -p lr \"loguniform(1e-3, 1)\" say")
-    for name, given in fixed.items():
-        if len(values := axis(notebook.parameters[name], given if isinstance(given, (str, list, tuple, range)) else [given])) != 1:
-            raise SearchError(f"-p {name} has {len(values)} values; a fixed parameter has one, and one that is searched is given as a range or a list, on its own")
-        fixed = dict(fixed) | {name: values[0]}
-    return searched, {one.name: one.values[0] for one in dimensions if len(one.values) == 1} | dict(fixed)
+    if not early and (name := next((name for name in ("report", "report_direction") if options[name]), "")):
+        raise SearchError(f"--{name.replace('_', '-')} is about what --stopping asha or hyperband looks at; it means nothing without one of them")
 
-# %% ../../nbs/lab/search.ipynb #2b39f596
-def _question(notebook: Notebook, space: Sequence[Dimension], fixed: Mapping[str, Any], options: dict) -> dict:
-    "What is asked, in the types that JSON has."
+# %% ../../nbs/lab/search.ipynb #d6708ef1
+def divided(
+    notebook: Notebook,
+    space: Mapping[str, Any],  # by parameter: a text or values
+    fixed: Mapping[str, Any],
+) -> tuple[list[Dimension], dict[str, Any]]:
+    "What is searched, and the parameters that have one value."
+    known([*space, *fixed], notebook.parameters)
+    if both := [name for name in space if name in fixed]:
+        raise SearchError(f"parameter {both[0]!r} is both searched and fixed; leave one of them out")
+    dimensions = [dimension(notebook.parameters[name], given) for name, given in space.items()]
+    values = {one.name: one.values[0] for one in dimensions if len(one.values) == 1}
+    if len(values) == len(dimensions):
+        raise SearchError("nothing is searched: give a parameter a range or a list, -p lr \"loguniform(1e-3, 1)\" say")
+    for name, given in fixed.items():
+        one = dimension(notebook.parameters[name], given)
+        if len(one.values) > 1:
+            raise SearchError(f"parameter {name!r} is fixed at {len(one.values)} values; give one, or search it")
+        values[name] = one.values[0]
+    return [one for one in dimensions if len(one.values) > 1], values
+
+# %% ../../nbs/lab/search.ipynb #91f5a717
+def question_of(
+    notebook: Notebook,
+    space: Sequence[Dimension],
+    fixed: Mapping[str, Any],
+    options: Mapping[str, Any],  # of `search`
+) -> dict:
+    "What is asked, in the types that JSON has; SearchError where it is nothing to select by."
     bounds = [constraint(text) for text in options["constraints"]]
-    looks = [("--metric", options["metric"]), *(("--constraint", one.column) for one in bounds)]
+    columns = [("--metric", options["metric"]), *(("--constraint", one.column) for one in bounds)]
+    asked = {name: value for name, value in options.items() if name != "trials"}
     if options["stopping"] != "none":
-        options = options | dict(report=options["report"] or options["metric"])
-        options["report_direction"] = options["report_direction"] or (options["direction"] if options["report"] == options["metric"] else "minimize")
-        looks.append(("--report", options["report"]))
-    for role, column in looks:
+        report = options["report"] or options["metric"]
+        way = options["report_direction"] or (options["direction"] if report == options["metric"] else "minimize")
+        asked |= dict(report=report, report_direction=way)
+        columns.append(("--report", report))
+    for role, column in columns:
         check_measure(column, role, notebook.parameters, options["on_test"])
     for text in options["where"]:
         if not re.fullmatch(r"[^=]+=.*", text):
             raise SearchError(f"--where {text!r} is no column and its value; write --where method=entropy_sgd")
-    asked = {name: value for name, value in options.items() if name not in ("trials", "constraints", "where")}
-    return plain(
-        dict(notebook=notebook.name, code=notebook.code, space={one.name: str(one) for one in space}, fixed=dict(fixed))
-        | asked | dict(constraints=list(dict.fromkeys(map(str, bounds))), where=list(options["where"]))
-    )  # fmt: skip
+    asked |= dict(constraints=list(dict.fromkeys(map(str, bounds))), where=list(options["where"]))
+    texts = {one.name: str(one) for one in space}
+    return plain(dict(notebook=notebook.name, code=notebook.code, space=texts, fixed=dict(fixed)) | asked)
 
-# %% ../../nbs/lab/search.ipynb #f05f0224
+# %% ../../nbs/lab/search.ipynb #3a16f360
 def search(
     notebook: Path | str,
     folder: Path | str,
@@ -649,24 +670,27 @@ def search(
 ) -> Result:
     "Search for the parameters with the best metric among those that keep to the constraints; go on where the search in the folder stands."
     read, sweep = read_notebook(notebook), Sweep(Path(folder))
-    asked = dict(metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
-                 stopping=stopping, report=report, report_direction=report_direction, least=least, most=most, reduction=reduction)  # fmt: skip
-    dimensions, values = _checked(read, space, fixed, asked)
-    question = _question(read, dimensions, values, asked)
-    from flatmin_nb.lab.sweep import Workers, _ended_by_signals
+    asked = dict(
+        metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
+        stopping=stopping, report=report, report_direction=report_direction, least=least, most=most, reduction=reduction,
+    )  # fmt: skip
+    check_options(asked)
+    dimensions, values = divided(read, space, fixed)
+    question = question_of(read, dimensions, values, asked)
+    from flatmin_nb.lab.sweep import Workers, ended_by_signals
 
     if not options.get("gpus_per_run") and str(values.get("device", "")).startswith("cuda"):
         raise SearchError(f"device = {values['device']!r} and no GPU is asked for; give --gpus-per-run 1, or a fraction that several runs share")
     if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
         raise SearchError(f"'{folder}' holds runs of {theirs}; choose another folder for {read.name}")
-    with _quiet(), driven(sweep), _ended_by_signals():
+    with _quiet(), driven(sweep), ended_by_signals():
         study = opened(sweep.path, question)
         keep(sweep, read)
         with (workers or Workers)(sweep, read, [one.name for one in dimensions], at_once=at_once, **options) as running:
             until_all_ended(UnderWay(sweep, read, study, question, dimensions, values, running, say or (lambda line: None)), trials)
         return Result(sweep.path, question, table_of(study, question))
 
-# %% ../../nbs/lab/search.ipynb #6979243d
+# %% ../../nbs/lab/search.ipynb #cff1a3e6
 def until_all_ended(search: UnderWay, trials: int) -> None:
     "Take up what was begun, and begin what is left to begin, until all trials have ended."
     from optuna import Trial
@@ -690,7 +714,8 @@ def independent(search: UnderWay) -> None:
     "SearchError where the metric turns out to be a copy of a parameter."
     complete = [trial for trial in search.trials() if trial.state.name == "COMPLETE"]
     if name := copied([trial.value for trial in complete], [trial.params for trial in complete]):
-        raise SearchError(f"--metric {search.question['metric']!r} equals the parameter {name!r} in all {len(complete)} trials: it is a copy of it; name what a run measures")
+        trouble = f"--metric {search.question['metric']!r} equals the parameter {name!r} in all {len(complete)} trials: it is a copy of it"
+        raise SearchError(f"{trouble}; name what a run measures, and choose another folder")
 
 # %% ../../nbs/lab/search.ipynb #be3ec125
 def keep(sweep: Sweep, notebook: Notebook) -> None:
@@ -712,7 +737,7 @@ def note(search: UnderWay) -> None:
     facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=tasks, asked=now())
     write_json(search.sweep.path / "sweep.json", facts)
 
-# %% ../../nbs/lab/search.ipynb #814c2514
+# %% ../../nbs/lab/search.ipynb #92401063
 def encoded(
     table: "pd.DataFrame",  # with a column for each parameter
     space: Mapping[str, str],  # by parameter: its text
@@ -746,7 +771,8 @@ def surrogate_check(
     for place in range(4, len(ended)):
         forest = ExtraTreesRegressor(100, random_state=seed).fit(points[:place], values[:place])
         said = [tree.predict(points[place : place + 1])[0] for tree in forest.estimators_]
-        rows.append(dict(number=ended["number"].iloc[place], predicted=np.mean(said), spread=np.std(said), actual=values[place], mean_before=values[:place].mean()))
+        row = dict(number=ended["number"].iloc[place], predicted=np.mean(said), spread=np.std(said))
+        rows.append(row | dict(actual=values[place], mean_before=values[:place].mean()))
     return pd.DataFrame(rows, columns=["number", "predicted", "spread", "actual", "mean_before"])
 
 

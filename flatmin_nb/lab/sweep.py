@@ -55,7 +55,7 @@ def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
     "The record of a task that has not run yet."
     return dict(task=task.name, status="waiting", notebook=notebook.name, code=notebook.code, args=task.args, swept=list(swept), points=list(task.points), attempts=[], seconds=0.0, error="")
 
-# %% ../../nbs/lab/sweep.ipynb #e209faf8
+# %% ../../nbs/lab/sweep.ipynb #316338ef
 def run_task(
     path: str,  # the sweep's folder
     record: dict,  # of a task that waits
@@ -71,11 +71,11 @@ def run_task(
     sweep, began, lock = Sweep(Path(path)), time.monotonic(), None
     folder, here = sweep.folder(record["task"]), socket.gethostname()
     attempt = dict(host=here, pid=os.getpid(), began=now(), ended="", seconds=0.0, outcome="running")
+    if not (sweep.path / "sweep.json").exists():
+        return record | dict(status="refused", error=f"'{path}' is not to be seen on {here}; put the sweep's folder on a file system that all machines share")
+    if package_code() != package:
+        return record | dict(status="refused", error=f"flatmin_nb on {here} is not the code that this sweep began with; give the command again if it was edited since, install the same on all machines if it was not")
     try:
-        if not (sweep.path / "sweep.json").exists():
-            raise SweepError(f"'{path}' is not to be seen on {here}; put the sweep's folder on a file system that all machines share")
-        if package_code() != package:
-            raise SweepError(f"flatmin_nb on {here} is not the code that this sweep began with; give the command again if it was edited since, install the same on all machines if it was not")
         folder.mkdir(parents=True, exist_ok=True)
         lock = _claimed_in_time(folder)
         record |= dict(status="running", attempts=[*sweep.record(record["task"]).get("attempts", []), attempt])
@@ -199,7 +199,7 @@ def _undisturbed() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/lab/sweep.ipynb #1433177d
+# %% ../../nbs/lab/sweep.ipynb #c6f67db1
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -278,6 +278,8 @@ class Workers:
         "Take down how a task ended, or queue it again."
         lost = isinstance(result, str)
         record = result if not lost else _begun(task, self.notebook, self.swept) | self.sweep.record(task.name) | {"status": "died", "error": result}
+        if record["status"] == "refused":  # by a machine that would refuse all
+            raise SweepError(record["error"])
         if task.name in self._called:
             record["status"] = self._called.pop(task.name)
         elif record["status"] in ("died", "cancelled"):  # nobody here cancelled it

@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'Notebook', 'package_code', 'source_of', 'read_notebook', 'all_parameters', 'identity', 'alive', 'marked',
            'end_all', 'guard', 'guarded', 'environment_of', 'records_below', 'private_sockets', 'last_lines', 'execute']
 
-# %% ../../nbs/lab/notebooks.ipynb #cae5f488
+# %% ../../nbs/lab/notebooks.ipynb #81ef412a
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import flatmin_nb
 import psutil
@@ -121,9 +121,11 @@ def end_all(mark: str, patience: float = 5.0) -> None:
                 process.kill()
         psutil.wait_procs(there, timeout=0.5)
 
-# %% ../../nbs/lab/notebooks.ipynb #ebc07cde
+# %% ../../nbs/lab/notebooks.ipynb #19f34736
 def guard(mark: str) -> None:
     "Wait until the process that holds the other end of stdin is gone, then end all that has its mark."
+    if os.fork():  # a worker of Ray that ends kills its children, and this must not be one of them
+        return
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     while os.read(0, 1):
@@ -131,12 +133,14 @@ def guard(mark: str) -> None:
     end_all(mark, patience=60)
 
 
-def guarded(mark: str) -> subprocess.Popen:
-    "The guardian of this process, for all whose mark begins so. To end it, close its stdin."
+def guarded(mark: str) -> IO[bytes]:
+    "Give this process a guardian, for all whose mark begins so. The guardian acts when what is returned is closed."
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     path = os.pathsep.join([str(Path(flatmin_nb.__file__).parent.parent), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-c", "import sys; from flatmin_nb.lab.notebooks import guard; guard(sys.argv[1])", mark]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment | {"PYTHONPATH": path}, start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment | {"PYTHONPATH": path}, start_new_session=True)
+    process.wait()
+    return process.stdin
 
 # %% ../../nbs/lab/notebooks.ipynb #7a020e09
 @contextmanager

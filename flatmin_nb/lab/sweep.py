@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKEN', 'run_task', 'Cluster', 'Workers', 'Plan', 'plan', 'ended_by_signals', 'run', 'sweep']
 
-# %% ../../nbs/lab/sweep.ipynb #3763c428
+# %% ../../nbs/lab/sweep.ipynb #c8fba745
 import math
 import os
 import secrets
@@ -27,16 +27,15 @@ from typing import Any
 from .errors import OneLineError
 from .files import FolderError, claimed, now, written_whole
 from .grids import SweepError, axis, combinations, known, rows_of, single
-from .notebooks import Notebook, end_all, execute, guarded, last_lines, package_code, read_notebook
+from .notebooks import MARK, Notebook, end_all, environment_of, execute, guarded, last_lines, package_code, read_notebook
 from .tasks import ENDED, Runs, Sweep, Task, driven, load, planned, varied, write_json
 
-# %% ../../nbs/lab/sweep.ipynb #5ea43849
+# %% ../../nbs/lab/sweep.ipynb #58ad7c6b
 @cache
-def _marked_worker(session: str) -> str:
-    "The mark of all that this worker starts for a driver; its guardian is started with it."
+def _marked_worker(session: str) -> tuple[str, Any]:
+    "The mark of all that this worker starts for a driver, and the pipe to its guardian, which must stay open."
     mark = f"{session}/{socket.gethostname()}-{os.getpid()}/"
-    guarded(mark)
-    return mark
+    return mark, guarded(mark)
 
 
 def _claimed_in_time(folder: Path, seconds: float = 20.0) -> Any:
@@ -55,7 +54,7 @@ def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
     "The record of a task that has not run yet."
     return dict(task=task.name, status="waiting", notebook=notebook.name, code=notebook.code, args=task.args, swept=list(swept), points=list(task.points), attempts=[], seconds=0.0, error="")
 
-# %% ../../nbs/lab/sweep.ipynb #316338ef
+# %% ../../nbs/lab/sweep.ipynb #22c9452c
 def run_task(
     path: str,  # the sweep's folder
     record: dict,  # of a task that waits
@@ -80,7 +79,7 @@ def run_task(
         lock = _claimed_in_time(folder)
         record |= dict(status="running", attempts=[*sweep.record(record["task"]).get("attempts", []), attempt])
         sweep.write(record)
-        mark, where = _marked_worker(session) + record["task"], Path(cwd) if Path(cwd).is_dir() else sweep.path
+        mark, where = _marked_worker(session)[0] + record["task"], Path(cwd) if Path(cwd).is_dir() else sweep.path
         went_on = (folder / "out").exists()
         again = lambda: execute(sweep.notebook(record["code"]), asked, folder, mark=mark, takes_out=takes_out, cwd=where, environment=environment)
         status, error = again()
@@ -103,18 +102,20 @@ def run_task(
             lock.release(force=True)
     return record
 
-# %% ../../nbs/lab/sweep.ipynb #169ea6dd
+# %% ../../nbs/lab/sweep.ipynb #6394ab1a
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
 @contextmanager
-def _ray(address: str) -> Iterator[Any]:
+def _ray(address: str, mark: str) -> Iterator[Any]:
     "Ray, connected to the cluster at an address, or, without one, to a cluster of this machine that ends with the block."
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if not address and "ray" not in sys.modules:  # it reads them when it is imported
         os.environ |= dict(zip(TOKEN, ("token", secrets.token_hex(32))))
-    import ray
-
+    try:
+        import ray
+    except ImportError:
+        raise SweepError("sweeps run on Ray, which is not installed; pip install 'flatmin_nb[sweep]'") from None
     if ray.is_initialized():  # by whoever calls
         yield ray
         return
@@ -123,10 +124,17 @@ def _ray(address: str) -> Iterator[Any]:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
-            scratch = tempfile.mkdtemp(prefix="flatmin-", dir=None if len(tempfile.gettempdir()) < 40 else "/tmp")  # names of sockets must be short
-            ray.init(address="local", _temp_dir=scratch, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SweepError(f"Ray cannot be {f'joined at {address}' if address else 'started'} ({' '.join(str(error).split())[:200]}); mend that, or {'leave --address out' if address else 'join a cluster with --address'}") from None
+            short = len(tempfile.gettempdir()) < 24  # the names of sockets in it must stay below 107 letters
+            scratch = tempfile.mkdtemp(prefix="flatmin-", dir=None if short else Path(os.sep, "tmp"))
+            with environment_of({MARK: mark}):
+                ray.init(address="local", _temp_dir=scratch, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        said = last_lines(str(error), 1)
+        if address:
+            remedy = f"Ray cannot be joined at {address} ({said}); start flatmin on a machine of the cluster, with RAY_AUTH_MODE=token and the cluster's token in the environment, or leave --address out"
+        else:
+            remedy = f"Ray cannot be started ({said}); mend that, or join a cluster with --address"
+        raise SweepError(remedy) from None
     try:
         yield ray
     finally:
@@ -134,7 +142,7 @@ def _ray(address: str) -> Iterator[Any]:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
 
-# %% ../../nbs/lab/sweep.ipynb #e3c345a9
+# %% ../../nbs/lab/sweep.ipynb #2cb7e0a3
 class Cluster:
     "Ray, as far as tasks need it."
 
@@ -145,10 +153,13 @@ class Cluster:
         gpus_per_run: float = 0,  # fractions share a GPU
     ):
         self.address, self.wanted = address, {"CPU": cpus_per_run, "GPU": gpus_per_run}
+        self.session = secrets.token_hex(8)  # what the marks of all its processes begin with
 
     def __enter__(self) -> "Cluster":
         with ExitStack() as stack:
-            self.ray = stack.enter_context(_ray(self.address))
+            stack.callback(end_all, f"{self.session}/")  # on this machine; on others the guardians see to it
+            stack.enter_context(guarded(f"{self.session}/"))
+            self.ray = stack.enter_context(_ray(self.address, f"{self.session}/ray"))
             for what, wanted in self.wanted.items():
                 if not self.address and wanted > (there := self.ray.cluster_resources().get(what, 0)):
                     raise SweepError(f"a run asks for {wanted:g} {what} and there is {there:g}; give less with --{what.lower()}s-per-run, or --address of a cluster that has it")
@@ -199,7 +210,7 @@ def _undisturbed() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/lab/sweep.ipynb #c6f67db1
+# %% ../../nbs/lab/sweep.ipynb #9df14594
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -214,7 +225,7 @@ class Workers:
         **cluster: Any,  # address, cpus_per_run, gpus_per_run
     ):
         self.sweep, self.notebook, self.swept, self.at_once, self.retries = sweep, notebook, list(swept), at_once, retries
-        self.cluster, self.session = Cluster(**cluster), secrets.token_hex(8)
+        self.cluster = Cluster(**cluster)
         self.in_flight, self._waiting, self._given, self._over = {}, deque(), {}, []  # by name: Task; tasks; by Ray's reference: Task; records
         self._deaths, self._called = Counter(), {}  # by name: how often; by name: what it will be called, for it was stopped
 
@@ -228,7 +239,6 @@ class Workers:
                 self.cluster.cancel(reference)
             self.cluster.ended(list(self._given), seconds=4, count=len(self._given))
             self.cluster.__exit__()
-            end_all(f"{self.session}/")  # on this machine; on others the guardians see to it
             for name in self.in_flight:
                 if (record := self.sweep.record(name))["status"] == "running":
                     self.sweep.write(record | {"status": "cancelled"})
@@ -270,7 +280,7 @@ class Workers:
         if task.args.get("wandb_mode", "disabled") != "disabled":
             environment["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP", self.sweep.path.resolve().name)
         return self.cluster.start(
-            str(self.sweep.path.resolve()), _begun(task, self.notebook, self.swept), task.asked, session=self.session,
+            str(self.sweep.path.resolve()), _begun(task, self.notebook, self.swept), task.asked, session=self.cluster.session,
             takes_out="out" in self.notebook.parameters, cwd=os.getcwd(), environment=environment, package=package_code(),
         )  # fmt: skip
 

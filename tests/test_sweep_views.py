@@ -1,4 +1,5 @@
 """How a sweep is looked at: figures against pandas, what a terminal and a file are told, and the grid that fills."""
+import base64
 import io
 import itertools
 import json
@@ -453,6 +454,14 @@ def test_a_slice_fills_its_points(tmp_path):
     assert states == {(L, seed): "finished" if L == 5 else "waiting" for L in (5, 10) for seed in "012"}
 
 
+def test_a_parameter_of_one_value_takes_no_place(tmp_path):
+    axes = {"epochs": [2], "L": [5, 10], "seed": [0, 1]}
+    sweep_folder(tmp_path / "a", ["finished"] * 3, axes)
+    runs = load(tmp_path / "a")
+    assert states_of(runs) == {(5, 0): "finished", (5, 1): "finished", (10, 0): "finished", (10, 1): "waiting"}
+    assert grid_figure(runs, "test_error").axes[0].get_xlabel() == "L" and [*figures(runs, "test_error")] == ["L"]
+
+
 def pixels(figure: Figure, x: int, y: int) -> np.ndarray:
     "The colours in a cell, by rows and columns of fields, the bottom row first."
     image = figure.axes[0].images[0]
@@ -523,6 +532,12 @@ def text_of(widget) -> str:
     return re.sub("<.*?>", "", widget.children[1].value)
 
 
+def picture_of(widget) -> tuple[str, bytes]:
+    "What it says to who cannot see it, and the PNG."
+    about, data = re.fullmatch('<img alt="(.*)" src="data:image/png;base64,(.*)">', widget.children[0].value).groups()
+    return about, base64.b64decode(data)
+
+
 def thread_of(folder) -> threading.Thread | None:
     return next((thread for thread in threading.enumerate() if thread.name == f"filling {folder}"), None)
 
@@ -531,14 +546,14 @@ def test_the_widget_follows_until_all_have_ended(tmp_path):
     folder = tmp_path / "a"
     sweep = sweep_folder(folder, ["finished"] * 3 + ["running"])
     widget = filling(folder, "test_error", seconds=0.05)
-    picture, before, thread = widget.children[0], bytes(widget.children[0].value), thread_of(folder)
+    before, thread = picture_of(widget), thread_of(folder)
     assert text_of(widget) == "3 finished, 1 interrupted, 8 waiting of 12" and thread.daemon
-    assert before.startswith(b"\x89PNG") and picture.tooltip == f"grid of L by gamma, a field for each point: {text_of(widget)}"
-    assert [type(child).__name__ for child in widget.children] == ["Image", "HTML"]  # an Output can hang nbconvert
+    assert before[0] == f"grid of L by gamma, a field for each point: {text_of(widget)}" and before[1].startswith(b"\x89PNG")
+    assert [type(child).__name__ for child in widget.children] == ["HTML", "HTML"]  # an Output can hang nbconvert
     for number, values in enumerate(itertools.product(*GRID.values())):
         sweep.write(task(0, "failed", task=f"{number:020x}", args=dict(zip(GRID, values)), points=[]))
     thread.join(timeout=30)
-    assert not thread.is_alive() and text_of(widget) == "12 failed of 12" and bytes(picture.value) != before
+    assert not thread.is_alive() and text_of(widget) == "12 failed of 12" and picture_of(widget)[1] != before[1]
 
 
 def test_the_widget_can_be_stopped_and_says_what_is_wrong(tmp_path):

@@ -7,9 +7,10 @@ __all__ = ['COUNTS', 'COLOURS', 'PLAIN', 'SEEDS', 'ENDINGS', 'STYLES', 'LAST', '
            'is_number', 'is_wide', 'values_in', 'Cells', 'axis_of', 'cells_of', 'sentence', 'remarks', 'titled',
            'ticks', 'ruled', 'words_in', 'write_in', 'pair_figure', 'span', 'line_figure', 'drawn', 'by_method',
            'figures', 'clean', 'duration', 'in_words', 'last_line', 'said', 'Lines', 'remaining', 'summaries', 'result',
-           'Live', 'live', 'points_of', 'states_of', 'chosen', 'fields', 'grid_figure', 'png', 'filling']
+           'Live', 'live', 'points_of', 'swept_axes', 'states_of', 'chosen', 'fields', 'grid_figure', 'png', 'filling']
 
-# %% ../../nbs/lab/sweep_views.ipynb #ba0fc8ca
+# %% ../../nbs/lab/sweep_views.ipynb #5fbd3772
+import base64
 import html
 import io
 import itertools
@@ -576,16 +577,16 @@ def live(
         terminal = console.is_terminal and not console.is_jupyter and not console.is_dumb_terminal
     return Live(total, done, console, folder, metric) if terminal else Lines(total, done, console and console.file)
 
-# %% ../../nbs/lab/sweep_views.ipynb #693db265
+# %% ../../nbs/lab/sweep_views.ipynb #1e1fd0ae
 def points_of(
-    record: dict,  # of a task: args and swept
+    record: dict,  # of a task
     axes: dict[str, list],  # values by parameter
-) -> list[dict]:  # swept values by name
+) -> list[dict]:  # values of these parameters by name
     "The points of a task: one, or all of a slice."
-    values = [values_in(record["args"][name], axes.get(name, ())) for name in record["swept"]]
-    return [dict(zip(record["swept"], chosen)) for chosen in itertools.product(*values)]
+    values = [values_in(record["args"][name], asked) for name, asked in axes.items()]
+    return [dict(zip(axes, chosen)) for chosen in itertools.product(*values)]
 
-# %% ../../nbs/lab/sweep_views.ipynb #7eacd0d0
+# %% ../../nbs/lab/sweep_views.ipynb #148292f7
 STATES = {  # of a task: the colour of its field, and a mark, for no state should be told by its colour alone
     "waiting": ("#eeeeee", ""),
     "running": ("#56b4e9", ">"),
@@ -598,27 +599,33 @@ STATES = {  # of a task: the colour of its field, and a mark, for no state shoul
 }
 
 
-def states_of(
+def swept_axes(
     runs: Any,  # what lab.tasks.load returned
-) -> dict[tuple, str]:  # by the keys of a point's values, in the order of runs.axes
+) -> dict[str, list]:  # values by parameter
+    "The parameters that tell runs apart."
+    return {name: runs.axes[name] for name in runs.swept}
+
+
+def states_of(
+    runs: Any,
+) -> dict[tuple, str]:  # by the keys of a point's values, in the order of swept_axes
     "The state of every point whose place is known."
     from flatmin_nb.lab.tasks import is_driven
 
-    swept_now = is_driven(runs.sweep)
-    wanted = [{key(value) for value in values} for values in runs.axes.values()]
+    swept_now, axes = is_driven(runs.sweep), swept_axes(runs)
+    keys = [[key(value) for value in values] for values in axes.values()]
     states = {}
     for record in runs.tasks:
         state = "interrupted" if record["status"] == "running" and not swept_now else record["status"]
-        for values in points_of(record, runs.axes) if "args" in record else ():
-            where = tuple(key(values[name]) if name in values else math.nan for name in runs.axes)
-            if all(value in asked for value, asked in zip(where, wanted)):  # else it is of an earlier sweep, over other values
+        for values in points_of(record, axes) if "args" in record else ():
+            where = tuple(map(key, values.values()))
+            if all(value in asked for value, asked in zip(where, keys)):  # else it is of an earlier sweep, over other values
                 states.setdefault(where, state)  # the tasks asked for last come first
-    every = [*itertools.product(*([key(value) for value in values] for values in runs.axes.values()))]
-    if len(every) == runs.sweep.asked().get("points"):
-        states |= {where: "waiting" for where in every if where not in states}
+    if math.prod(map(len, keys)) == runs.sweep.asked().get("points"):
+        states |= {where: "waiting" for where in itertools.product(*keys) if where not in states}
     return states
 
-# %% ../../nbs/lab/sweep_views.ipynb #ef4f76bf
+# %% ../../nbs/lab/sweep_views.ipynb #1a8365d4
 def chosen(
     axes: dict[str, list],  # values by parameter
     x: str,  # as given, or ""
@@ -643,16 +650,17 @@ def fields(
     y: str,  # "": there is one row
 ) -> dict[tuple[int, int, int], tuple[str, tuple]]:  # (column, row, place in the cell) -> state, keys of the values
     "Where each point goes."
-    number = [{key(value): place for place, value in enumerate(values)} for values in runs.axes.values()]
+    axes = swept_axes(runs)
+    number = [{key(value): place for place, value in enumerate(values)} for values in axes.values()]
     at = {}
     for values, state in states_of(runs).items():
-        where = {name: places[value] for name, places, value in zip(runs.axes, number, values)}
+        where = {name: places[value] for name, places, value in zip(axes, number, values)}
         rest = tuple(place for name, place in where.items() if name not in (x, y))
         at[where[x], where[y] if y else 0, rest] = state, values
     order = {rest: place for place, rest in enumerate(sorted({rest for *_, rest in at}))}
     return {(column, row, order[rest]): what for (column, row, rest), what in at.items()}
 
-# %% ../../nbs/lab/sweep_views.ipynb #97e91601
+# %% ../../nbs/lab/sweep_views.ipynb #66c5d685
 def grid_figure(
     runs: Any,  # what lab.tasks.load returned
     metric: str = "",  # colours what is finished, once it is known; "": one colour
@@ -666,16 +674,17 @@ def grid_figure(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    x, y = chosen(runs.axes, x, y)
+    axes = swept_axes(runs)
+    x, y = chosen(axes, x, y)
     at = fields(runs, x, y)
     inside = max((place for *_, place in at), default=0) + 1
     wide = inside if inside <= 5 else math.ceil(math.sqrt(inside))  # a cell of many fields is about square
     high = math.ceil(inside / wide)
-    columns, rows = runs.axes[x], runs.axes[y] if y else [""]
+    columns, rows = axes[x], axes[y] if y else [""]
 
     known = defaultdict(list)
     if metric and metric in runs.table:
-        columns_of = [runs.table[name] for name in (*runs.axes, metric)]
+        columns_of = [runs.table[name] for name in (*axes, metric)]
         for *row, value, reason in zip(*columns_of, reasons(runs.table, metric)):
             if not reason:
                 known[tuple(map(key, row))].append(float(value))
@@ -718,7 +727,7 @@ def grid_figure(
         figure.colorbar(shades, ax=ax).set_label(metric, **PLAIN)
     return figure
 
-# %% ../../nbs/lab/sweep_views.ipynb #ee7a2e51
+# %% ../../nbs/lab/sweep_views.ipynb #0ec57ba5
 def png(
     figure: Any,  # a matplotlib figure
 ) -> bytes:
@@ -737,21 +746,21 @@ def filling(
     seconds: float = 3.0,  # between two looks; 0: only when .update() is called
 ) -> Any:  # an ipywidgets widget with .update(), .stop()
     "A view of a sweep's grid that follows it until all of its tasks have ended."
-    from ipywidgets import HTML, Image, VBox
+    from ipywidgets import HTML, VBox
 
     from flatmin_nb.lab.tasks import load, standing
 
-    image, words, stopped, turn = Image(format="png"), HTML(), threading.Event(), threading.Lock()
-    widget = VBox([image, words])
+    picture, words, stopped, turn = HTML(), HTML(), threading.Event(), threading.Lock()
+    widget = VBox([picture, words])
 
     def update() -> bool:
         "Look at the folder now. Whether all tasks have ended."
         with turn:
             runs = load(folder)
             text = f"{', '.join(f'{count} {state}' for state, count in standing(runs).items())} of {len(runs.tasks)}"
-            image.value = png(grid_figure(runs, metric, x, y))
-            # the title of an image without an alternative text is what a screen reader says
-            image.tooltip = f"grid of {' by '.join(filter(None, chosen(runs.axes, x, y)))}, a field for each point: {text}"
+            about = f"grid of {' by '.join(filter(None, chosen(swept_axes(runs), x, y)))}, a field for each point: {text}"
+            data = base64.b64encode(png(grid_figure(runs, metric, x, y))).decode()
+            picture.value = f'<img alt="{html.escape(about)}" src="data:image/png;base64,{data}">'
             if metric and len(runs) and metric not in runs.table:
                 text += f"; {no_such('metric', metric, [name for name in runs.table if is_number(runs.table[name].iloc[0])])}"
             words.value = f"<span role='status'>{html.escape(text)}</span>"

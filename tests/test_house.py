@@ -109,7 +109,7 @@ def test_what_is_imported_is_required():
     required = {Requirement(line).name.lower().replace("-", "_") for line in SETTINGS["requirements"].split()}
     packages = set().union(*(imported(ast.parse(path.read_text())) for path in MODULES))
     optional = {"wandb", "tensorboard"}  # imported inside a function, by those who ask for them
-    sweeping = {Requirement(line).name.lower() for line in SETTINGS["sweep_requirements"].split()} | {"nbclient"}  # which papermill brings
+    sweeping = {Requirement(line).name.lower() for line in SETTINGS["sweep_requirements"].split()} | {"nbclient", "traitlets"}  # which papermill brings
     otherwise = {"sklearn": "scikit_learn", "PIL": "pillow"}  # what is installed under another name
     assert {otherwise.get(package, package) for package in packages} - optional - sweeping <= required
 

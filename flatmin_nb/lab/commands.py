@@ -6,9 +6,10 @@
 __all__ = ['app', 'NOTEBOOK', 'FOLDER', 'AXES', 'ADDRESS', 'CPUS', 'GPUS', 'AT_ONCE', 'RETRIES', 'joined', 'Commands', 'pairs',
            'outlook', 'lengths', 'told', 'shown']
 
-# %% ../../nbs/lab/commands.ipynb #6b9fc70a
+# %% ../../nbs/lab/commands.ipynb #af135548
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from .errors import OneLineMain
 from .files import written_whole
 from .grids import SweepError
 from .sweep import Plan, plan, run
-from .sweep_views import clean, duration, figures, in_words, live
+from .sweep_views import clean, duration, figures, in_words, live, pair_figure
 from .tasks import Runs, Sweep, driver, is_driven, load, standing
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def outlook(plan: Plan, at_once: int) -> str:
         text += "; no run has ended here yet to tell how long one takes"
     return text
 
-# %% ../../nbs/lab/commands.ipynb #102582d8
+# %% ../../nbs/lab/commands.ipynb #f680e9ad
 def lengths(given: list[str]) -> dict[str, int]:
     "What --slice was given: NAME=COUNT."
     try:
@@ -111,7 +112,7 @@ def _sweep(
     typer.echo(outlook(planned, room), err=not dry_run)
     if dry_run:
         return
-    with live(len(planned.tasks) + len(planned.there), len(planned.there)) as view:
+    with live(len(planned.tasks) + len(planned.there), len(planned.there), folder=folder) as view:
         runs = run(planned, view=view, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once, address=address)
     failed = told(runs)
     raise typer.Exit(1 if failed else 0)
@@ -152,7 +153,7 @@ def _load(
     if runs.other_code and not all:
         typer.echo(f"{runs.other_code} runs of other code are left out; --all shows them", err=True)
 
-# %% ../../nbs/lab/commands.ipynb #2695dbe8
+# %% ../../nbs/lab/commands.ipynb #fea3de33
 @app.command("status")
 def _status(folder: Annotated[Path, FOLDER]) -> None:
     "Say how many runs ended, failed, run and wait, and who sweeps."
@@ -190,16 +191,21 @@ def _cancel(folder: Annotated[Path, FOLDER]) -> None:
 def _plot(
     folder: Annotated[Path, FOLDER],
     metric: Annotated[str, Option("--metric", help="The column to draw, test_error say.")],
+    x: Annotated[str, Option("--x", metavar="COLUMN", help="Draw one figure over this column and --y, whatever was swept; the lanes of a slice have columns of their own.")] = "",
+    y: Annotated[str, Option("--y", metavar="COLUMN")] = "",
     out: Annotated[Path | None, Option("--out", metavar="FOLDER", help="Where the figures go; without it, into figures/ of the sweep.")] = None,
 ) -> None:
     "Draw one figure for each pair of swept parameters."
-    out = out or folder / "figures"
-    drawn = figures(load(folder), metric)
+    if bool(x) != bool(y):
+        raise SweepError("--x and --y come together; give both, or neither")
+    out, runs = out or folder / "figures", load(folder)
+    drawn = {f"{x}-{y}": pair_figure(runs.table, x, y, metric)} if x else figures(runs, metric)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        with written_whole(out / f"{name}.png") as file:
+        path = out / (re.sub(r"[^\w.-]+", "_", name) + ".png")  # names of columns come from the folder, and may come from elsewhere
+        with written_whole(path) as file:
             figure.savefig(file, format="png")
-        typer.echo(out / f"{name}.png")
+        typer.echo(path)
 
 # %% ../../nbs/lab/commands.ipynb #bd8527ac
 @app.command("search")

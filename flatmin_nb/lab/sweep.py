@@ -358,7 +358,7 @@ def plan(
     tasks, there = planned(sweep, read, points, longest)
     return Plan(sweep, read, values, points, tasks, there)
 
-# %% ../../nbs/lab/sweep.ipynb #0165550a
+# %% ../../nbs/lab/sweep.ipynb #706f4789
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     "A block in which SIGTERM and SIGHUP do what Ctrl-C does."
@@ -393,10 +393,12 @@ def run(
         sweep.notebook(read.code).parent.mkdir(exist_ok=True)
         with written_whole(sweep.notebook(read.code)) as file:
             file.write(read.text.encode())
-        names = [record["task"] for record in plan.there] + [task.name for task in plan.tasks]
-        write_json(sweep.path / "sweep.json", dict(notebook=read.name, code=read.code, axes=plan.axes, slices=list(read.slices), points=len(plan.points), tasks=names, asked=now()))
+        names = varied(plan.axes)
+        tasks = {record["task"]: record["args"] for record in plan.there} | {task.name: task.args for task in plan.tasks}
+        tasks = {task: {name: args.get(name) for name in names} for task, args in tasks.items()}
+        write_json(sweep.path / "sweep.json", dict(notebook=read.name, code=read.code, axes=plan.axes, slices=list(read.slices), points=len(plan.points), tasks=tasks, asked=now()))
         if plan.tasks:
-            with Workers(sweep, read, varied(plan.axes), gpus_per_run=gpus_per_run, **options) as workers:
+            with Workers(sweep, read, names, gpus_per_run=gpus_per_run, **options) as workers:
                 for task in plan.tasks:
                     workers.submit(task)
                 while workers.in_flight:

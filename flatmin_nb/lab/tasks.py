@@ -190,7 +190,7 @@ def _lanes(folder: Path, row: dict) -> list[dict]:
 
     return [row | lane for lane in pd.read_csv(folder / "lanes.csv").to_dict("records")]
 
-# %% ../../nbs/lab/tasks.ipynb #173f5dff
+# %% ../../nbs/lab/tasks.ipynb #3f05bd33
 def varied(axes: Mapping[str, Sequence]) -> list[str]:
     "The parameters with more than one value; all of them where none has."
     return [name for name, values in axes.items() if len(values) > 1] or list(axes)
@@ -241,7 +241,7 @@ def load(
     asked = sweep.asked()
     there = {record["task"]: record for record in sweep.records()}
     order = [*dict.fromkeys([*asked["tasks"], *there])]
-    tasks = [there.get(name, {"task": name, "status": "waiting"}) for name in order]
+    tasks = [there.get(name) or {"task": name, "status": "waiting", "args": asked["tasks"][name], "swept": list(asked["tasks"][name])} for name in order]
     ours = [record for record in tasks if record.get("code", asked["code"]) == asked["code"]]
     wanted = [record for record in (tasks if all else ours) if record["status"] in (("failed", "stopped", *ENDED) if all else ENDED)]
     return Runs(sweep, wanted, asked, ours, sum(record.get("code") not in (asked["code"], None) for record in tasks))

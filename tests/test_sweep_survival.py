@@ -147,7 +147,7 @@ def gone(processes, seconds: float = 10.0) -> None:
         until(lambda: not living(processes), "an end of all processes", seconds)
     except AssertionError:
         told = [(process.pid, process.ppid(), " ".join(process.cmdline())[:200]) for process in living(processes)]
-        assert told == []
+        raise AssertionError("still there:\n" + "\n".join(map(str, told))) from None
 
 
 class Toy:

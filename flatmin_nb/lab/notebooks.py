@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARK', 'Notebook', 'package_code', 'source_of', 'read_notebook', 'all_parameters', 'identity', 'alive', 'marked',
-           'end_all', 'guard', 'guarded', 'environment_of', 'records_below', 'private_sockets', 'last_lines', 'execute']
+           'adopt_orphans', 'end_all', 'guard', 'guarded', 'environment_of', 'records_below', 'private_sockets',
+           'last_lines', 'execute']
 
-# %% ../../nbs/lab/notebooks.ipynb #81ef412a
+# %% ../../nbs/lab/notebooks.ipynb #07955595
+import ctypes
 import hashlib
 import json
 import os
@@ -88,7 +90,7 @@ def identity(notebook: Notebook, asked: Mapping[str, Any]) -> str:  # 20 hexadec
     facts = dict(code=notebook.code, asked=plain(dict(asked)), left_alone=sources)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
 
-# %% ../../nbs/lab/notebooks.ipynb #842fe951
+# %% ../../nbs/lab/notebooks.ipynb #f89523af
 MARK = "FLATMIN_RUN"  # the environment variable that tells whose a process is
 
 
@@ -112,10 +114,21 @@ def marked(mark: str) -> list[psutil.Process]:
     return [process for process in found if alive(process)]
 
 
-def end_all(mark: str, patience: float = 5.0) -> None:
-    "Kill every process with this mark, and go on until none is left, for at most so many seconds."
+def adopt_orphans() -> None:
+    "Make this process the parent of descendants whose parents end, where the system is Linux."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_all(
+    mark: str,
+    patience: float = 5.0,  # seconds, at most
+    family: bool = False,  # and all descendants of this process, whatever their mark
+) -> None:
+    "Kill every process with this mark, and go on until none is left."
     deadline = time.monotonic() + patience
-    while (there := marked(mark)) and time.monotonic() < deadline:
+    descendants = lambda: [child for child in psutil.Process().children(recursive=True) if alive(child)] if family else []
+    while (there := [*marked(mark), *descendants()]) and time.monotonic() < deadline:
         for process in there:
             with suppress(psutil.Error):
                 process.kill()
@@ -174,7 +187,7 @@ def private_sockets() -> Iterator[Any]:
         short = os.name == "posix" and len(folder) < 80  # the system allows some 100 characters
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if short else {})
 
-# %% ../../nbs/lab/notebooks.ipynb #d5fecf1d
+# %% ../../nbs/lab/notebooks.ipynb #cde6b078
 def last_lines(text: str, count: int = 5, width: int = 300) -> str:
     "The end of a text, on one line."
     lines = [line.strip()[:width] for line in text.splitlines() if line.strip()]
@@ -190,6 +203,7 @@ def execute(
     takes_out: bool = True,  # whether the notebook has a parameter `out`
     cwd: Path | None = None,  # where relative paths of parameters begin; None: here
     environment: Mapping[str, str | None] = {},  # changes; None takes a variable away
+    family: bool = False,  # whether this process has no other descendants than those of the run
 ) -> tuple[str, str]:  # the outcome, and in one line what went wrong
     "Run the notebook to its end. Nothing of it is running afterwards."
     import papermill
@@ -203,7 +217,8 @@ def execute(
     running = folder / "running.ipynb"
     try:
         with environment_of({**environment, MARK: mark}), private_sockets() as config, open(folder / "log.txt", "w", encoding="utf-8") as log:
-            papermill.execute_notebook(braces(notebook), braces(running), parameters, progress_bar=False, stdout_file=log, stderr_file=log, cwd=str(where), config=config)
+            papermill.execute_notebook(braces(notebook), braces(running), parameters, progress_bar=False, stdout_file=log, stderr_file=log, cwd=str(where), config=config,
+                                       extra_arguments=["--IPKernelApp.parent_handle=1"])  # a kernel that ends when its parent does leaves orphans; the guardian leaves none  # fmt: skip
         outcome, error = "finished", ""
     except papermill.PapermillExecutionError as trouble:
         outcome, error = "failed", last_lines(f"{trouble.ename}: {trouble.evalue}")
@@ -218,7 +233,7 @@ def execute(
     except Exception as trouble:  # a full disk, say
         outcome, error = "failed", last_lines(f"{type(trouble).__name__}: {trouble}")
     finally:
-        end_all(mark)
+        end_all(mark, family=family)
     with suppress(OSError):
         os.replace(running, folder / "notebook.ipynb")
     return outcome, error

@@ -98,7 +98,7 @@ def parsed(
         raise SearchError(f"-p {name} {text!r}: {kind} takes values as they are, and no names or expressions; write {kind}(1, 10), say")
     return Dimension(name, node.func.id, arguments)
 
-# %% ../../nbs/lab/search.ipynb #522d21e7
+# %% ../../nbs/lab/search.ipynb #f08f7547
 def _ends_in_order(found: Dimension) -> None:
     "Refuse a range that is none."
     ends, trouble = found.values, ""
@@ -127,7 +127,8 @@ def dimension(
     _ends_in_order(found)
     try:
         ends = [end if "integers" in found.kind else float(end) for end in found.values]
-        axis(parameter, ends)
+        if axis(parameter, ends) != ends:  # it makes texts of them
+            raise SweepError(f"parameter {parameter.name!r} takes text; list its values, choice('1', '2')")
     except SweepError as error:
         raise SearchError(f"-p {parameter.name} '{found}' draws what the parameter does not take: {error}") from None
     return Dimension(found.name, found.kind, tuple(ends))
@@ -239,15 +240,17 @@ def number_in(row: dict, column: str) -> float:
         return math.nan
     raise SearchError(f"column {column!r} holds {value!r}, which is no number; name another with --metric or --constraint")
 
-# %% ../../nbs/lab/search.ipynb #6dfa9b1e
+# %% ../../nbs/lab/search.ipynb #79eb3eaa
 STUDY = "search"  # its name; Hyperband draws its brackets by it
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     "A block in which Optuna reports trouble only."
-    import optuna
-
+    try:
+        import optuna
+    except ImportError:
+        raise SearchError("searches use Optuna, which is not installed; pip install 'flatmin_nb[sweep]'") from None
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -543,7 +546,7 @@ class Result:
         least = f"best feasible {metric} {best[metric]:.6g}, trial {best['number']}" if best else "none feasible"
         return f"{len(self.table)} trials ({counts or 'none'}); {least}"
 
-# %% ../../nbs/lab/search.ipynb #866cf6b5
+# %% ../../nbs/lab/search.ipynb #eff869c2
 def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
     "The trials of a study: number, state, parameters, metric, constrained columns, feasible, and the task."
     import pandas as pd
@@ -568,14 +571,14 @@ def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
 
 def found(folder: Path | str) -> Result:
     "What the search in a folder has found so far; nothing is changed."
-    import optuna
-
     folder = Path(folder)
-    question = asked_in(folder)["question"]
-    if not (folder / "study.log").exists():
+    question, path = asked_in(folder)["question"], folder / "study.log"
+    if not path.exists():
         raise SearchError(f"'{folder}' holds no search (no study.log); name the folder that was given to flatmin search")
     with _quiet():
-        return Result(folder, question, table_of(optuna.load_study(study_name=STUDY, storage=_storage(folder / "study.log")), question))
+        import optuna
+
+        return Result(folder, question, table_of(optuna.load_study(study_name=STUDY, storage=_storage(path)), question))
 
 # %% ../../nbs/lab/search.ipynb #3e7a7282
 def check_options(options: Mapping[str, Any]) -> None:
@@ -642,7 +645,7 @@ def question_of(
     texts = {one.name: str(one) for one in space}
     return plain(dict(notebook=notebook.name, code=notebook.code, space=texts, fixed=dict(fixed)) | asked)
 
-# %% ../../nbs/lab/search.ipynb #3a16f360
+# %% ../../nbs/lab/search.ipynb #25ba9d24
 def search(
     notebook: Path | str,
     folder: Path | str,
@@ -677,13 +680,13 @@ def search(
     check_options(asked)
     dimensions, values = divided(read, space, fixed)
     question = question_of(read, dimensions, values, asked)
-    from flatmin_nb.lab.sweep import Workers, ended_by_signals
+    from flatmin_nb.lab.sweep import Workers
 
     if not options.get("gpus_per_run") and str(values.get("device", "")).startswith("cuda"):
         raise SearchError(f"device = {values['device']!r} and no GPU is asked for; give --gpus-per-run 1, or a fraction that several runs share")
     if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
         raise SearchError(f"'{folder}' holds runs of {theirs}; choose another folder for {read.name}")
-    with _quiet(), driven(sweep), ended_by_signals():
+    with _quiet(), driven(sweep):
         study = opened(sweep.path, question)
         keep(sweep, read)
         with (workers or Workers)(sweep, read, [one.name for one in dimensions], at_once=at_once, **options) as running:
@@ -733,7 +736,7 @@ def note(search: UnderWay) -> None:
     for trial, one in product(begun, search.space):
         if one.name in trial.params and (value := one.value(trial.params[one.name])) not in axes[one.name]:
             axes[one.name].append(value)
-    tasks = list(dict.fromkeys(name for trial in begun if (name := trial.user_attrs.get("task"))))
+    tasks = {name: {one.name: one.value(trial.params[one.name]) for one in search.space if one.name in trial.params} for trial in begun if (name := trial.user_attrs.get("task"))}
     facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=tasks, asked=now())
     write_json(search.sweep.path / "sweep.json", facts)
 

@@ -230,7 +230,7 @@ def ended_by_signals() -> Iterator[None]:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
 
-# %% ../../nbs/lab/sweep.ipynb #fdd60c27
+# %% ../../nbs/lab/sweep.ipynb #3dddc78f
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -310,7 +310,7 @@ class Workers:
     def _note(self, task: Task, result: dict | str) -> None:
         "Take down how a task ended, or queue it again."
         lost = isinstance(result, str)
-        record = result if not lost else _begun(task, self.notebook, self.swept) | self.sweep.record(task.name) | {"status": "died", "error": result}
+        record = dict(result) if not lost else _begun(task, self.notebook, self.swept) | self.sweep.record(task.name) | {"status": "died", "error": result}
         if record["status"] == "refused":  # by a machine that would refuse all
             raise SweepError(record["error"])
         if task.name in self._called:

@@ -79,6 +79,7 @@ if what == "meets":  # all of a party are there at once
     (place / f"{name}.there").touch()
     wait_for(lambda: len(list(place.glob("meets-*.there"))) >= int((place / "party").read_text()))
 if what == "dies" or what == "dies_once" and first_time():
+    time.sleep(0.5)  # a kernel that is killed in the middle of a word may take the word with it
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "loses_its_worker" and first_time():
     family()
@@ -98,7 +99,7 @@ if what == "resumes":
         run.save_checkpoint({"steps": step + 1})
         if step == 1 and first_time():
             os.kill(os.getpid(), signal.SIGKILL)
-    run.finish(None, None, square=steps**2)
+    run.finish(None, None, square=(step + 1) ** 2)
 else:
     write(out / "run.json", dict(status="finished", parameters=dict(seed=seed), summary=dict(square=seed**2)))
 if what == "spoils":
@@ -157,7 +158,7 @@ class Toy:
         self.folder, self.place = root / "sweep", root / "place"
         self.place.mkdir(parents=True)
         self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
-        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir=None if len(tempfile.gettempdir()) < 24 else Path(os.sep, "tmp")))  # names of sockets must be short
         self.drivers, self.seen = [], []
 
     @property

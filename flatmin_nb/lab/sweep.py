@@ -56,7 +56,12 @@ def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
     "The record of a task that has not run yet."
     return dict(task=task.name, status="waiting", notebook=notebook.name, code=notebook.code, args=task.args, swept=list(swept), points=list(task.points), attempts=[], seconds=0.0, error="")
 
-# %% ../../nbs/lab/sweep.ipynb #ecd977ba
+# %% ../../nbs/lab/sweep.ipynb #4090a9ca
+def _lost(record: dict) -> list[dict]:
+    "The attempts of a record that nobody works on any more: one without an end was lost."
+    return [attempt | ({"outcome": "died"} if attempt["outcome"] == "running" else {}) for attempt in record.get("attempts", [])]
+
+
 def run_task(
     path: str,  # the sweep's folder
     record: dict,  # of a task that waits
@@ -79,7 +84,10 @@ def run_task(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _claimed_in_time(folder)
-        record |= dict(status="running", attempts=[*sweep.record(record["task"]).get("attempts", []), attempt])
+        before = sweep.record(record["task"])
+        if before["status"] in ENDED:  # by a worker of an earlier driver, after this one had looked
+            return before
+        record |= dict(status="running", attempts=[*_lost(before), attempt])
         sweep.write(record)
         mark, where = _marked_worker(session)[0] + record["task"], Path(cwd) if Path(cwd).is_dir() else sweep.path
         went_on = (folder / "out").exists()
@@ -230,7 +238,7 @@ def ended_by_signals() -> Iterator[None]:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
 
-# %% ../../nbs/lab/sweep.ipynb #3dddc78f
+# %% ../../nbs/lab/sweep.ipynb #b970eabe
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -309,8 +317,10 @@ class Workers:
 
     def _note(self, task: Task, result: dict | str) -> None:
         "Take down how a task ended, or queue it again."
-        lost = isinstance(result, str)
-        record = dict(result) if not lost else _begun(task, self.notebook, self.swept) | self.sweep.record(task.name) | {"status": "died", "error": result}
+        known = self.sweep.record(task.name)
+        if isinstance(result, str) and known["status"] not in ENDED:  # else it ended, and only the news of it were lost
+            known = _begun(task, self.notebook, self.swept) | known | {"status": "died", "error": result, "attempts": _lost(known)}
+        record = dict(known if isinstance(result, str) else result)
         if record["status"] == "refused":  # by a machine that would refuse all
             raise SweepError(record["error"])
         if task.name in self._called:
@@ -321,7 +331,7 @@ class Workers:
                 self._waiting.appendleft(task)
                 return
             record |= {"status": "failed", "error": f"died {self._deaths[task.name]} times, at last of {record['error']}"}
-        if lost or record["status"] != result["status"]:
+        if record["status"] != self.sweep.record(task.name)["status"]:
             with suppress(OSError):  # a record that cannot be written says running, which is not ended
                 self.sweep.write(record)
         self._end(record)

@@ -20,8 +20,8 @@ import flatmin_nb
 import psutil
 import pytest
 import torch
-from flatmin_nb.lab.grids import SweepError
-from flatmin_nb.lab.notebooks import identity, read_notebook
+from flatmin_nb.lab.files import FolderError
+from flatmin_nb.lab.notebooks import identity, package_code, read_notebook
 from flatmin_nb.lab.sweep import Workers, run_task
 from flatmin_nb.lab.tasks import Sweep, driven, is_driven, load, standing, task_of, write_json
 
@@ -49,8 +49,9 @@ def write(path, content):
     path.with_suffix(".part").write_text(json.dumps(content))
     path.with_suffix(".part").rename(path)
 
-def wait_for(condition):
-    while not condition():
+def wait_for(condition, seconds=1000):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 def first_time():
@@ -72,14 +73,17 @@ out.mkdir(parents=True, exist_ok=True)
 write(place / f"{name}.environment", {key: os.environ.get(key) for key in ("CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP", "RAY_AUTH_TOKEN")})
 print("last words of", name, flush=True)
 
-if what == "holds":
+if what == "holds_memory":
+    import torch
+    memory = torch.ones(2**28, device="cuda")
+if what.startswith("holds"):
     family()
     wait_for((place / "release").exists)
 if what == "meets":  # all of a party are there at once
     (place / f"{name}.there").touch()
     wait_for(lambda: len(list(place.glob("meets-*.there"))) >= int((place / "party").read_text()))
 if what == "dies" or what == "dies_once" and first_time():
-    time.sleep(0.5)  # a kernel that is killed in the middle of a word may take the word with it
+    wait_for(lambda: "last words of" in (out.parent / "log.txt").read_text(), 20)
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "loses_its_worker" and first_time():
     family()
@@ -99,7 +103,7 @@ if what == "resumes":
         run.save_checkpoint({"steps": step + 1})
         if step == 1 and first_time():
             os.kill(os.getpid(), signal.SIGKILL)
-    run.finish(None, None, square=(step + 1) ** 2)
+    run.finish(None, None, square=steps**2)
 else:
     write(out / "run.json", dict(status="finished", parameters=dict(seed=seed), summary=dict(square=seed**2)))
 if what == "spoils":
@@ -158,7 +162,7 @@ class Toy:
         self.folder, self.place = root / "sweep", root / "place"
         self.place.mkdir(parents=True)
         self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
-        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir=None if len(tempfile.gettempdir()) < 24 else Path(os.sep, "tmp")))  # names of sockets must be short
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
         self.drivers, self.seen = [], []
 
     @property
@@ -201,10 +205,10 @@ class Toy:
                 self.seen.append((path.stem, there))
         return [there for stem, there in self.seen if Path(stem).match(name)]
 
-    def holding(self, count: int) -> list[psutil.Process]:
+    def holding(self, count: int, name: str = "holds-*") -> list[psutil.Process]:
         "All processes of so many runs that hold."
         ended = lambda: [driver.err() for driver in self.drivers[-1:] if driver.process.poll() is not None]
-        families = until(lambda: len(found := self.families("holds-*")) >= count and found or ended(), f"{count} runs that hold")
+        families = until(lambda: len(found := self.families(name)) >= count and found or ended(), f"{count} runs that hold")
         assert not ended(), ended()
         assert all(len(living(family.values())) == 6 for family in families)
         return [process for family in families for process in family.values()]
@@ -406,7 +410,7 @@ def test_a_run_goes_on_where_its_checkpoint_is(story):
     assert steps == {"step-0": 1, "step-1": 1, "step-2": 1, "step-3": 1}
     assert outcomes(story.records["resumes-0"]) == ["died", "finished"]
     record = json.loads(next(story.toy.folder.glob(f"tasks/{story.records['resumes-0']['task']}/out/run.json")).read_text())
-    assert record["status"] == "finished" and len(record["resumed"]) == 1 and record["summary"] == {"square": 16}
+    assert record["status"] == "finished" and len(record["resumed"]) == 1 and record["summary"] == {"square": 4}  # two steps were done
 
 
 @pytest.mark.slow
@@ -442,7 +446,7 @@ def test_a_record_that_cannot_be_read_hides_no_run(story):
     row = runs.table.set_index("what").loc["spoils"]
     assert row["status"] == "finished" and math.isnan(row["square"])
     assert dict(runs.table.set_index("what")["square"].dropna()) == {
-        "holds": 0, "loses_its_worker": 0, "ends": 0, "dies_once": 0, "raises": 0, "resumes": 16, "../../x": 0,
+        "holds": 0, "loses_its_worker": 0, "ends": 0, "dies_once": 0, "raises": 0, "resumes": 4, "../../x": 0,
     }  # fmt: skip
     assert story.table.returncode == 0 and story.table.stdout.count("finished") == 7 and "raises" not in story.table.stdout
 
@@ -598,23 +602,243 @@ def test_a_machine_that_is_lost(toy, cluster):
     gone(process for family in toy.families() for process in family.values())
 
 
+GPUS = """
+import json, sys
+import ray
+from flatmin_nb.lab.sweep import sweep
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+for line in sys.stdin:
+    axes, options = json.loads(line)
+    print(len(sweep(*sys.argv[2:4], axes, **options)), flush=True)
+"""
+
+
 @pytest.mark.slow
 def test_each_run_sees_its_own_gpu(toy, cluster):
-    "Those of a party run at the same time, so each of a party of two has one of the two GPUs for itself."
-    def gpus(seeds: list[int], **options) -> list[str]:
-        for there in toy.place.glob("meets-*.there"):
-            there.unlink()
-        (toy.place / "party").write_text(str(len(seeds)))
-        code = "import json, sys, ray; from flatmin_nb.lab.sweep import sweep; ray.init(address=sys.argv[1], log_to_driver=False)\nfor line in sys.stdin: print(len(sweep(*sys.argv[2:4], json.loads(line)[0], **json.loads(line)[1])), flush=True)"
-        if not hasattr(toy, "api"):
-            toy.api = subprocess.Popen([sys.executable, "-c", code, cluster.address, toy.notebook, toy.folder], env=toy.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        toy.api.stdin.write(json.dumps([dict(what=["meets"], seed=seeds), options]) + "\n")
-        toy.api.stdin.flush()
-        assert toy.api.stdout.readline() != ""
-        return sorted(toy.environment_of(f"meets-{seed}")["CUDA_VISIBLE_DEVICES"] for seed in seeds)
+    "The runs of a party wait for each other, so that all of them are there at once."
+    command = [sys.executable, "-c", GPUS, cluster.address, toy.notebook, toy.folder]
+    with subprocess.Popen(command, env=toy.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-    assert gpus([0, 1], gpus_per_run=1) == ["0", "1"]
-    assert gpus([2, 3, 4, 5], gpus_per_run=0.5, cpus_per_run=0.5) == ["0", "0", "1", "1"]
-    assert gpus([6], gpus_per_run=0) == [""]
-    toy.api.stdin.close()
-    toy.api.wait(timeout=AT_LAST)
+        def gpus(seeds: list[int], **options) -> list[str]:
+            for there in toy.place.glob("meets-*.there"):
+                there.unlink()
+            (toy.place / "party").write_text(str(len(seeds)))
+            process.stdin.write(json.dumps([dict(what=["meets"], seed=seeds), options]) + "\n")
+            process.stdin.flush()
+            assert int(process.stdout.readline()) >= len(seeds)
+            return sorted(toy.environment_of(f"meets-{seed}")["CUDA_VISIBLE_DEVICES"] for seed in seeds)
+
+        assert gpus([0, 1], gpus_per_run=1) == ["0", "1"]
+        assert gpus([2, 3, 4, 5], gpus_per_run=0.5, cpus_per_run=0.5) == ["0", "0", "1", "1"]
+        assert gpus([6], gpus_per_run=0) == [""]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk(toy, cluster):
+    toy.folder.mkdir()
+    disk = lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "flatmin-test", toy.folder], capture_output=True, text=True)
+    if disk("size=2m").returncode != 0:
+        pytest.skip("a small disk cannot be made here")
+    try:
+        words = ("-p", "what", "['ends', 'fills']", "-p", "seed", "range(2)", "--runs-at-once", 1, "--address", cluster.address)
+        driver = toy.start(*words)
+        assert toy.to_the_end(driver) == 1
+        status = toy.status()
+        assert (status["ends-0"], status["ends-1"]) == ("finished", "finished") and {status.get("fills-0"), status.get("fills-1")} <= {"running", "failed", None}
+        assert len(load(toy.folder)) == 2
+        told = [line for line in driver.err().splitlines() if "fills" in line and "failed" in line and "No space left" in line]
+        assert told and "Traceback" not in driver.err()
+        full = toy.start(*words)  # nothing has changed
+        assert toy.to_the_end(full) == 1
+        assert "No space left" in full.err().splitlines()[-1] and "Traceback" not in full.err()
+        assert len(load(toy.folder)) == 2
+        assert disk("remount,size=64m").returncode == 0
+        assert toy.to_the_end(toy.start(*words)) == 0
+        assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "fills-0": "finished", "fills-1": "finished"}
+        assert toy.log()["begun ends-0"] == toy.log()["begun ends-1"] == 1
+    finally:
+        subprocess.run(["umount", "-l", toy.folder], check=True)
+
+
+@pytest.mark.slow
+def test_edited_code_runs_again_and_hides_what_was(toy, cluster):
+    words = ("-p", "seed", "range(2)", "--address", cluster.address)
+    assert toy.to_the_end(toy.start(*words)) == 0
+    notebook_of(toy.notebook, PARAMETERS.format(place=str(toy.place)), CODE.replace("seed**2", "seed + 100"))
+    assert len(load(toy.folder)) == 2  # of what was swept last
+    assert toy.to_the_end(toy.start(*words)) == 0
+    assert toy.log()["ended ends-0"] == toy.log()["ended ends-1"] == 2
+    loaded, everything = toy.flatmin("load", toy.folder), toy.flatmin("load", toy.folder, "--all")
+    assert sorted(load(toy.folder).table["square"]) == [100, 101]
+    assert loaded.stdout.count("finished") == 2 and "2 runs of other code are left out; --all shows them" in loaded.stderr
+    assert everything.stdout.count("finished") == 4 and everything.stderr == ""
+    assert len({path.name for path in toy.folder.glob("tasks/*")}) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_ctrl_c_gives_the_memory_of_the_gpu_back(toy):
+    torch.cuda.init()
+    before = torch.cuda.mem_get_info()[0]
+    driver = toy.start("-p", "what", "holds_memory", "--gpus-per-run", 1)
+    processes = [*toy.holding(1, "holds_memory-*"), *toy.processes(driver)]
+    assert torch.cuda.mem_get_info()[0] < before - 2**29
+    interrupted(toy, driver, "SIGINT")
+    assert toy.to_the_end(driver) == 130
+    gone(processes)
+    until(lambda: torch.cuda.mem_get_info()[0] > before - 2**28, "memory as before", 10)
+
+
+# ---- without Ray ----
+
+def recorded(toy: Toy, seeds: int = 3) -> Sweep:
+    "A folder in which runs with these seeds are finished."
+    sweep, notebook = Sweep(toy.folder), read_notebook(toy.notebook)
+    tasks = [task_of(notebook, {"seed": seed}) for seed in range(seeds)]
+    attempt = dict(host="host", pid=1, began="", ended="", seconds=1.0, outcome="finished")
+    for task in tasks:
+        facts = dict(task=task.name, status="finished", notebook=notebook.name, code=notebook.code, args=task.args, swept=["seed"])
+        sweep.write(facts | dict(points=list(task.points), attempts=[attempt], seconds=1.0, error=""))
+    axes = {"seed": list(range(seeds))}
+    write_json(sweep.path / "sweep.json", dict(notebook=notebook.name, code=notebook.code, axes=axes, slices=[], points=seeds, tasks=[task.name for task in tasks], asked=""))
+    return sweep
+
+
+def to_be_run(toy: Toy, *words, **environment) -> int:
+    result = toy.flatmin("sweep", toy.notebook, toy.folder, "-p", "seed", "range(3)", "--dry-run", **environment)
+    assert result.returncode == 0, result.stderr
+    return int(re.search(r"(\d+) to be run", result.stdout)[1])
+
+
+def test_a_dry_run_starts_nothing_and_writes_nothing(toy, tmp_path):
+    (tmp_path / "ray.py").write_text("raise SystemExit('Ray was imported')")
+    assert to_be_run(toy, PYTHONPATH=str(tmp_path)) == 3
+    assert not toy.folder.exists() and not list(toy.scratch.iterdir())
+    recorded(toy)
+    before = {path: path.read_bytes() for path in toy.folder.rglob("*") if path.is_file()}
+    assert to_be_run(toy, PYTHONPATH=str(tmp_path)) == 0
+    assert {path: path.read_bytes() for path in toy.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"status": "finished"}', b'{"task": "TASK", "status": "finished"}', b'{"task": "TASK", "status": ["finished"]}',
+                                     b'{"task": "TASK", "status": "perfect"}'])  # fmt: skip
+def test_a_record_that_is_damaged_counts_as_no_run(content, toy):
+    sweep = recorded(toy)
+    path = sorted(toy.folder.glob("tasks/*/task.json"))[1]
+    path.write_bytes(content.replace(b"TASK", path.parent.name.encode()))
+    assert to_be_run(toy) == 1
+    assert len(load(toy.folder)) == 2 and len(load(toy.folder).table) == 2
+    assert standing(load(toy.folder)) == {"finished": 2, "waiting": 1}
+    assert len(load(toy.folder, all=True)) == 2
+    assert sweep.record(path.parent.name)["status"] == "waiting"
+
+
+def test_half_of_a_record_counts_as_no_run(toy):
+    recorded(toy)
+    path = sorted(toy.folder.glob("tasks/*/task.json"))[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    assert to_be_run(toy) == 1 and len(load(toy.folder)) == 2
+
+
+def test_names_of_tasks_lead_nowhere_else(toy):
+    "A record is looked for in the folder alone, whatever sweep.json and the names of folders say."
+    sweep = recorded(toy)
+    inside = next(toy.folder.glob("tasks/*"))
+    for name in ("../../evil", "evil", "../" + "0" * 20):
+        record = json.loads((inside / "task.json").read_text()) | {"task": name, "points": ["a" * 20]}
+        (toy.folder / "tasks" / name).mkdir(parents=True)
+        write_json(toy.folder / "tasks" / name / "task.json", record)
+    asked = json.loads((toy.folder / "sweep.json").read_text())
+    write_json(toy.folder / "sweep.json", asked | {"tasks": ["../../evil", "../" + "0" * 20, "evil", *asked["tasks"]]})
+    runs = load(toy.folder, all=True)
+    assert len(runs) == 3 and {run["folder"].parent for run in runs} == {toy.folder / "tasks"}
+    assert {record["task"] for record in sweep.records()} == set(asked["tasks"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"notebook": "toy.ipynb"}'])
+def test_a_damaged_plan_is_one_line(content, toy):
+    recorded(toy)
+    (toy.folder / "sweep.json").write_text(content)
+    result = toy.flatmin("load", toy.folder)
+    assert result.returncode == 1 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("Error: ") and "holds no sweep" in result.stderr
+
+
+def test_two_configurations_never_share_a_folder(tmp_path):
+    notebook = read_notebook(notebook_of(tmp_path / "any.ipynb", "x: object = 0\ny: object = 0\nout: str = ''", "print(x)"))
+    values = [0, 0.0, -0.0, 1, 1.0, True, False, None, "", "0", "1", "1.0", "True", "true", "None", "null", "inf", math.inf, "-inf", -math.inf, "nan", math.nan,
+              [], [1], ["1"], "[1]", [[1]], [1, 2], [12], {}, {"a": 1}, {"a": "1"}, "a", "A", " a", "a ", "\u00e9", "e\u0301", "../a", "a\n"]  # fmt: skip
+    asked = [{name: value} for name in "xy" for value in values] + [{"x": 1, "y": 2}, {"x": 2, "y": 1}, {}]
+    names = [identity(notebook, what) for what in asked]
+    twins = [(asked[i], asked[j]) for i, j in combinations(range(len(asked)), 2) if names[i] == names[j]]
+    assert twins == []
+    assert all(re.fullmatch("[0-9a-f]{20}", name) for name in names)
+
+
+def test_the_order_of_parameters_does_not_matter(tmp_path):
+    notebook = read_notebook(notebook_of(tmp_path / "any.ipynb", "x: int = 0\ny: int = 0", "print(x)"))
+    assert identity(notebook, {"x": 1, "y": 2}) == identity(notebook, {"y": 2, "x": 1})
+
+
+def test_a_default_that_is_edited_is_another_run(tmp_path):
+    cells = "x: int = 0\ny: int = {}", "print(x)"
+    first, second = (read_notebook(notebook_of(tmp_path / "any.ipynb", cells[0].format(y), cells[1])) for y in (0, 1))
+    assert identity(first, {"x": 1}) != identity(second, {"x": 1})
+
+
+class LostWorkers:
+    "In place of a cluster: workers that are lost before they can say how their run ended."
+
+    slots, session, wanted = 2, "session", {"CPU": 1, "GPU": 0}
+
+    def __init__(self, status: str):
+        self.status, self.started = status, 0
+
+    def start(self, path: str, record: dict, asked: dict, **keywords) -> int:
+        attempts = Sweep(Path(path)).record(record["task"]).get("attempts", [])
+        attempt = dict(host="host", pid=1, began="", ended="", seconds=0.0, outcome=self.status)
+        Sweep(Path(path)).write(record | dict(status=self.status, attempts=[*attempts, attempt]))
+        self.started += 1
+        return self.started
+
+    def ended(self, references: list, seconds: float, count: int = 1) -> list:
+        return list(references)
+
+    def result(self, reference: int) -> str:
+        return "WorkerCrashedError: it is gone"
+
+
+@pytest.mark.parametrize("status, starts, at_last", [("finished", 1, "finished"), ("diverged", 1, "diverged"), ("running", 3, "failed")])
+def test_a_worker_that_is_lost_just_after_its_run_ended(status, starts, at_last, toy):
+    notebook, sweep = read_notebook(toy.notebook), Sweep(toy.folder)
+    workers = Workers(sweep, notebook, ["seed"], retries=2)
+    workers.cluster = LostWorkers(status)
+    workers.submit(task := task_of(notebook, {"seed": 1}))
+    records = [record for _ in range(starts) for record in workers.wait()]
+    assert workers.cluster.started == starts and not workers.in_flight
+    assert [record["status"] for record in records] == [at_last] == [sweep.record(task.name)["status"]]
+
+
+def test_what_ended_in_the_meantime_does_not_run_again(toy):
+    "The worker of a driver that was killed may finish its run while the next driver has it on its list."
+    sweep, notebook = recorded(toy), read_notebook(toy.notebook)
+    task = task_of(notebook, {"seed": 1})
+    record = dict(sweep.record(task.name), status="waiting", attempts=[], seconds=0.0)
+    for _ in range(2):  # and the folder is free again
+        result = run_task(str(toy.folder), record, task.asked, session="session", takes_out=True, cwd=str(toy.place), environment={}, package=package_code())
+        assert result == sweep.record(task.name) and result["status"] == "finished" and len(result["attempts"]) == 1
+    assert toy.log() == {}
+
+
+def test_who_drives_is_told_and_the_next_may_when_it_is_gone(toy):
+    sweep = Sweep(toy.folder)
+    with driven(sweep):
+        assert is_driven(sweep)
+        with pytest.raises(FolderError, match=f"is being swept by process {os.getpid()} on .* since .*; wait for it") as error, driven(Sweep(toy.folder)):
+            pass
+        assert "\n" not in str(error.value) and is_driven(sweep)
+    assert not is_driven(sweep)
+    with driven(sweep):
+        pass

@@ -248,6 +248,8 @@ def main(
     load = lambda: f"load {', '.join(f'{number:.1f}' for number in os.getloadavg())}"
     calls = {"runs": lambda: part_runs(repeats, trials), "resume": lambda: part_resume(repeats), "load": lambda: part_load(repeats)}
     missed = False
+    if unknown := [part for part in parts.split(",") if part not in calls]:
+        sys.exit(f"--parts {parts}: no part {unknown[0]!r}; choose of {', '.join(calls)}")
     for part in parts.split(","):
         print(f"{part}: {load()} before", flush=True)
         measured = calls[part]()

@@ -680,13 +680,13 @@ def search(
     check_options(asked)
     dimensions, values = divided(read, space, fixed)
     question = question_of(read, dimensions, values, asked)
-    from flatmin_nb.lab.sweep import Workers
+    from flatmin_nb.lab.sweep import Workers, ended_by_signals
 
     if not options.get("gpus_per_run") and str(values.get("device", "")).startswith("cuda"):
         raise SearchError(f"device = {values['device']!r} and no GPU is asked for; give --gpus-per-run 1, or a fraction that several runs share")
     if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
         raise SearchError(f"'{folder}' holds runs of {theirs}; choose another folder for {read.name}")
-    with _quiet(), driven(sweep):
+    with _quiet(), driven(sweep), ended_by_signals():
         study = opened(sweep.path, question)
         keep(sweep, read)
         with (workers or Workers)(sweep, read, [one.name for one in dimensions], at_once=at_once, **options) as running:
@@ -736,7 +736,7 @@ def note(search: UnderWay) -> None:
     for trial, one in product(begun, search.space):
         if one.name in trial.params and (value := one.value(trial.params[one.name])) not in axes[one.name]:
             axes[one.name].append(value)
-    tasks = {name: {one.name: one.value(trial.params[one.name]) for one in search.space if one.name in trial.params} for trial in begun if (name := trial.user_attrs.get("task"))}
+    tasks = list(dict.fromkeys(name for trial in begun if (name := trial.user_attrs.get("task"))))
     facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=tasks, asked=now())
     write_json(search.sweep.path / "sweep.json", facts)
 

@@ -162,7 +162,7 @@ class Toy:
         self.folder, self.place = root / "sweep", root / "place"
         self.place.mkdir(parents=True)
         self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
-        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir=None if len(tempfile.gettempdir()) < 24 else Path(os.sep, "tmp")))  # names of sockets must be short
         self.drivers, self.seen = [], []
 
     @property
@@ -195,7 +195,7 @@ class Toy:
     def families(self, name: str = "*") -> list[dict[str, psutil.Process]]:
         "The processes of those runs that hold or have lost their worker, as they were when this was asked first."
         for path in sorted(self.place.glob(f"{name}.family")):
-            if path.stem not in (known := dict(self.seen)):
+            if path.stem not in self.seen:
                 there = {}
                 for role, pid in json.loads(path.read_text()).items():
                     try:

@@ -29,7 +29,7 @@ def ended(folder: Path, axes: dict, notebook: Path = ENTROPY, **options) -> list
     for number, task in enumerate(planned.tasks):
         planned.sweep.write(dict(task=task.name, status="finished", code=planned.notebook.code, args=task.args, swept=list(planned.axes), points=list(task.points), attempts=[], seconds=2.0, error=""))
         Run(planned.sweep.folder(task.name) / "out" / "sgd", {"method": "sgd", **task.asked}).finish(None, None, test_error=float(number))
-    write_json(planned.sweep.path / "sweep.json", dict(notebook=notebook.name, code=planned.notebook.code, axes=planned.axes, points=len(planned.points), tasks=tasks))
+    write_json(planned.sweep.path / "sweep.json", dict(notebook=notebook.name, code=planned.notebook.code, axes=planned.axes, points=len(planned.points), tasks=list(tasks), values=tasks))
     return planned.tasks
 
 
@@ -128,7 +128,7 @@ def test_names_in_a_foreign_folder_write_nothing_outside(tmp_path):
         record["args"][evil] = record["args"]["gamma"]
         write_json(folder / "tasks" / task.name / "task.json", record | {"swept": ["L", evil]})
     asked = json.loads((folder / "sweep.json").read_text())
-    write_json(folder / "sweep.json", asked | {"axes": {"L": [5, 10], evil: [0.1, 0.01]}, "tasks": {"../../evil": {}, **asked["tasks"]}})
+    write_json(folder / "sweep.json", asked | {"axes": {"L": [5, 10], evil: [0.1, 0.01]}, "tasks": ["../../evil", *asked["tasks"]]})
     before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
     assert flatmin("plot", folder, "--metric", "test_error").exit_code == 0
     assert {path for path in tmp_path.rglob("*") if folder not in path.parents} == before

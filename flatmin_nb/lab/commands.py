@@ -6,14 +6,14 @@
 __all__ = ['app', 'NOTEBOOK', 'FOLDER', 'AXES', 'ADDRESS', 'CPUS', 'GPUS', 'AT_ONCE', 'RETRIES', 'joined', 'Commands', 'pairs',
            'outlook', 'lengths', 'told', 'shown']
 
-# %% ../../nbs/lab/commands.ipynb #af135548
+# %% ../../nbs/lab/commands.ipynb #27c1f7a0
 import math
 import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -25,9 +25,6 @@ from .grids import SweepError
 from .sweep import Plan, plan, run
 from .sweep_views import clean, duration, figures, in_words, live, pair_figure
 from .tasks import Runs, Sweep, driver, is_driven, load, standing
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% ../../nbs/lab/commands.ipynb #d5b56398
 def joined(words: list[str]) -> list[str]:
@@ -126,8 +123,11 @@ def told(runs: Runs) -> int:
         typer.echo(f"failed: {in_words(record)}: {clean(record['error'])} (tasks/{record['task']})", err=True)
     return len(failed)
 
-# %% ../../nbs/lab/commands.ipynb #922a39ab
-def shown(table: "pd.DataFrame", swept: list[str]) -> "pd.DataFrame":
+# %% ../../nbs/lab/commands.ipynb #fa8226ea
+def shown(
+    table: Any,  # a pandas DataFrame
+    swept: list[str],
+) -> Any:
     "The columns of a table of runs that vary, without those that say where and when."
     aside = {"task", "run", "tag", "started", "ended", "commit", "device_name", "threads", "python", "torch", "flatmin_nb", "resumed", "out", "wandb_id"}
     keep = [name for name in table if name in ("status", *swept) or name not in aside and table[name].astype(str).nunique() > 1]
@@ -207,7 +207,7 @@ def _plot(
             figure.savefig(file, format="png")
         typer.echo(path)
 
-# %% ../../nbs/lab/commands.ipynb #bd8527ac
+# %% ../../nbs/lab/commands.ipynb #feda87c2
 @app.command("search")
 def _search(
     notebook: Annotated[Path, NOTEBOOK],
@@ -222,6 +222,7 @@ def _search(
     sampler: Annotated[str, Option("--sampler", help="tpe or random.")] = "tpe",
     seed: Annotated[int, Option("--seed", help="Of the sampler.", min=0)] = 0,
     stopping: Annotated[str, Option("--stopping", help="End runs early that are behind: none, asha or hyperband.")] = "none",
+    report_direction: Annotated[str, Option("--report-direction", help="minimize or maximize; by default that of the metric for the metric, and minimize for other columns.")] = "",
     report: Annotated[str, Option("--report", help="The column of the histories that --stopping looks at; by default the metric.")] = "",
     least: Annotated[int, Option("--least", help="Steps before a run may be ended early.", min=1)] = 1,
     most: Annotated[int | None, Option("--most", help="For hyperband: the last step of a whole run.", min=1)] = None,
@@ -237,7 +238,7 @@ def _search(
 
     result = search(
         notebook, folder, pairs(parameters), metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
-        stopping=stopping, report=report, least=least, most=most, reduction=reduction, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once,
+        stopping=stopping, report=report, report_direction=report_direction, least=least, most=most, reduction=reduction, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once,
         address=address, say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(result.table.to_string(index=False))

@@ -24,18 +24,13 @@ from functools import cached_property
 from itertools import product
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import OneLineError, check_whole, no_such
 from .files import NOT_FINITE, now, plain, written_whole
 from .grids import Parameter, SweepError, axis, known
 from .notebooks import Notebook, read_notebook
 from .tasks import ENDED, Sweep, driven, results_of, task_of, write_json
-
-if TYPE_CHECKING:
-    import numpy as np
-    import optuna
-    import pandas as pd
 
 # %% ../../nbs/lab/search.ipynb #138a94d8
 class SearchError(OneLineError, ValueError):
@@ -66,7 +61,7 @@ class Dimension:
         "What stands for the values of a choice: themselves, or JSON where they are lists."
         return [value if value is None or isinstance(value, (str, bool, int, float)) else json.dumps(plain(value)) for value in self.values]
 
-    def drawn(self, trial: "optuna.Trial") -> Any:
+    def drawn(self, trial: Any) -> Any:
         "The value that a trial of Optuna has, or is given now."
         if self.kind == "choice":
             return self.value(trial.suggest_categorical(self.name, self.labels))
@@ -268,7 +263,7 @@ def mended(path: Path) -> None:
             file.write(content[: content.rfind(b"\n") + 1])
 
 
-def _storage(path: Path) -> "optuna.storages.BaseStorage":
+def _storage(path: Path) -> Any:
     "The study's file, as Optuna uses it."
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -281,7 +276,7 @@ def seed_of(*address: object) -> int:  # below 2**32
     return int.from_bytes(hashlib.sha256("/".join(map(str, address)).encode()).digest()[:4], "big")
 
 
-def sampler_at(kind: str, *address: object) -> "optuna.samplers.BaseSampler":
+def sampler_at(kind: str, *address: object) -> Any:
     "A sampler that begins at its address."
     from optuna.samplers import RandomSampler, TPESampler
 
@@ -289,8 +284,8 @@ def sampler_at(kind: str, *address: object) -> "optuna.samplers.BaseSampler":
 
 
 def drawn(
-    study: "optuna.Study",
-    trial: "optuna.Trial",
+    study: Any,
+    trial: Any,
     space: Sequence[Dimension],
     sampler: str,  # tpe or random
     seed: int,
@@ -305,7 +300,7 @@ def drawn(
     return values
 
 # %% ../../nbs/lab/search.ipynb #22464fda
-def _pruner(question: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
+def _pruner(question: Mapping[str, Any]) -> Any:
     "What stops trials early."
     from optuna.pruners import HyperbandPruner, NopPruner, SuccessiveHalvingPruner
 
@@ -319,7 +314,7 @@ def _pruner(question: Mapping[str, Any]) -> "optuna.pruners.BasePruner":
 def opened(
     folder: Path,  # driven by this process
     question: dict,  # plain
-) -> "optuna.Study":
+) -> Any:
     "The study in a folder, new or gone on with; SearchError where it is of another question."
     import optuna
 
@@ -393,7 +388,7 @@ class UnderWay:
 
     sweep: Sweep
     notebook: Notebook
-    study: "optuna.Study"
+    study: Any
     question: dict
     space: Sequence[Dimension]
     fixed: Mapping[str, Any]
@@ -406,12 +401,12 @@ class UnderWay:
         self.waiting: dict[str, list] = {}  # by task, the trials that wait for it
         self.stopped: set[str] = set()  # tasks that were told to stop
 
-    def trials(self) -> list["optuna.trial.FrozenTrial"]:
+    def trials(self) -> list:
         "What the study knows, by number."
         return self.study.get_trials(deepcopy=False)
 
 # %% ../../nbs/lab/search.ipynb #3c6fa84d
-def begin(search: UnderWay, trial: "optuna.Trial") -> None:
+def begin(search: UnderWay, trial: Any) -> None:
     "Begin a trial, or take it up again."
     values = drawn(search.study, trial, search.space, search.question["sampler"], search.question["seed"])
     task = task_of(search.notebook, dict(search.fixed) | values)
@@ -436,7 +431,7 @@ def ask(search: UnderWay) -> None:
 # %% ../../nbs/lab/search.ipynb #959aa8b4
 def judged(
     search: UnderWay,
-    trial: "optuna.Trial",
+    trial: Any,
     steps: Mapping[int, float],  # reports
     whole: bool,  # the run is over, and all of them count
 ) -> bool:
@@ -500,7 +495,7 @@ def end(search: UnderWay, record: dict) -> None:
     search.stopped.discard(name)
 
 # %% ../../nbs/lab/search.ipynb #853c6430
-def told(search: UnderWay, trial: "optuna.Trial", status: str, values: Mapping[str, float]) -> None:
+def told(search: UnderWay, trial: Any, status: str, values: Mapping[str, float]) -> None:
     "Put down how a trial ended."
     from optuna.trial import TrialState
 
@@ -523,7 +518,7 @@ class Result:
 
     folder: Path
     question: dict  # as it stands in search.json
-    table: "pd.DataFrame"  # a row a trial
+    table: Any  # a row a trial
 
     @property
     def best(self) -> dict | None:
@@ -535,7 +530,7 @@ class Result:
         return rows.loc[values.idxmin() if self.question["direction"] == "minimize" else values.idxmax()].to_dict()
 
     @cached_property
-    def surrogate(self) -> "pd.DataFrame":
+    def surrogate(self) -> Any:
         "What a forest says of each finished trial from those before it."
         return surrogate_check(self.table, self.question["space"], self.question["metric"])
 
@@ -547,7 +542,7 @@ class Result:
         return f"{len(self.table)} trials ({counts or 'none'}); {least}"
 
 # %% ../../nbs/lab/search.ipynb #eff869c2
-def table_of(study: "optuna.Study", question: dict) -> "pd.DataFrame":
+def table_of(study: Any, question: dict) -> Any:
     "The trials of a study: number, state, parameters, metric, constrained columns, feasible, and the task."
     import pandas as pd
 
@@ -737,12 +732,12 @@ def note(search: UnderWay) -> None:
         if one.name in trial.params and (value := one.value(trial.params[one.name])) not in axes[one.name]:
             axes[one.name].append(value)
     tasks = list(dict.fromkeys(name for trial in begun if (name := trial.user_attrs.get("task"))))
-    facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=tasks, asked=now())
+    facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=list(tasks), values=tasks, asked=now())
     write_json(search.sweep.path / "sweep.json", facts)
 
 # %% ../../nbs/lab/search.ipynb #92401063
 def encoded(
-    table: "pd.DataFrame",  # with a column for each parameter
+    table: Any,  # with a column for each parameter
     space: Mapping[str, str],  # by parameter: its text
 ) -> "np.ndarray":  # a row a trial
     "Parameters as numbers: logarithms where the scale is one, a column for each value of a choice."
@@ -759,11 +754,11 @@ def encoded(
 
 
 def surrogate_check(
-    table: "pd.DataFrame",  # of a Result
+    table: Any,  # of a Result
     space: Mapping[str, str],  # by parameter: its text
     metric: str,
     seed: int = 0,  # of the forests
-) -> "pd.DataFrame":  # number, predicted, spread (of the trees), actual, mean_before
+) -> Any:  # number, predicted, spread (of the trees), actual, mean_before
     "What a forest says of each finished trial, from the fifth on, when it has seen those before it and no other."
     import numpy as np
     import pandas as pd
@@ -779,7 +774,7 @@ def surrogate_check(
     return pd.DataFrame(rows, columns=["number", "predicted", "spread", "actual", "mean_before"])
 
 
-def surrogate_said(check: "pd.DataFrame") -> str:
+def surrogate_said(check: Any) -> str:
     "The check in one line."
     if check.empty:
         return "fewer than five trials are finished: nothing to check a surrogate by"

@@ -394,7 +394,7 @@ def plan(
     tasks, there = planned(sweep, read, points, longest)
     return Plan(sweep, read, values, points, tasks, there)
 
-# %% ../../nbs/lab/sweep.ipynb #5ce37b2b
+# %% ../../nbs/lab/sweep.ipynb #9e04fe94
 def run(
     plan: Plan,
     *,
@@ -414,7 +414,7 @@ def run(
         names = varied(plan.axes)
         tasks = {record["task"]: record["args"] for record in plan.there} | {task.name: task.args for task in plan.tasks}
         tasks = {task: {name: args.get(name) for name in names} for task, args in tasks.items()}
-        write_json(sweep.path / "sweep.json", dict(notebook=read.name, code=read.code, axes=plan.axes, slices=list(read.slices), points=len(plan.points), tasks=tasks, asked=now()))
+        write_json(sweep.path / "sweep.json", dict(notebook=read.name, code=read.code, axes=plan.axes, slices=list(read.slices), points=len(plan.points), tasks=list(tasks), values=tasks, asked=now()))
         if plan.tasks:
             with Workers(sweep, read, names, gpus_per_run=gpus_per_run, **options) as workers:
                 for task in plan.tasks:

@@ -6,7 +6,7 @@
 __all__ = ['ENDED', 'Task', 'task_of', 'Sweep', 'write_json', 'planned', 'driven', 'driver', 'is_driven', 'results_of', 'varied',
            'Runs', 'load', 'standing']
 
-# %% ../../nbs/lab/tasks.ipynb #fbf02a92
+# %% ../../nbs/lab/tasks.ipynb #15ba6fd8
 import json
 import os
 import re
@@ -16,16 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .files import NOT_FINITE, FolderError, now, plain, written_whole
 from .grids import SweepError, handed_over, sliced
 from .notebooks import Notebook, all_parameters, identity
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # %% ../../nbs/lab/tasks.ipynb #98ab348d
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def task_of(notebook: Notebook, asked: Mapping[str, Any], slices: Sequence[str] 
     points = tuple(identity(notebook, one(values)) for values in product(*(asked[name] for name in slices)))
     return Task(identity(notebook, whole), whole, all_parameters(notebook, whole), points)
 
-# %% ../../nbs/lab/tasks.ipynb #adfe6bd4
+# %% ../../nbs/lab/tasks.ipynb #7c2af5bf
 ENDED = ("finished", "diverged")  # a task with one of these is not run again
 
 
@@ -87,8 +84,9 @@ class Sweep:
         "What was asked for last; SweepError where the folder holds no sweep."
         try:
             asked = json.loads((self.path / "sweep.json").read_text())
-            return asked if {"notebook", "code", "axes", "tasks"} <= asked.keys() else {}["sweep"]
-        except (OSError, ValueError, KeyError, AttributeError):
+            kinds = dict(notebook=str, code=str, axes=dict, tasks=list)
+            return asked if all(isinstance(asked[name], kind) for name, kind in kinds.items()) else {}["sweep"]
+        except (OSError, ValueError, KeyError, TypeError):
             raise SweepError(f"'{self.path}' holds no sweep (no readable sweep.json); name the folder that was given to flatmin sweep") from None
 
 
@@ -190,7 +188,7 @@ def _lanes(folder: Path, row: dict) -> list[dict]:
 
     return [row | lane for lane in pd.read_csv(folder / "lanes.csv").to_dict("records")]
 
-# %% ../../nbs/lab/tasks.ipynb #3f05bd33
+# %% ../../nbs/lab/tasks.ipynb #e6b2b771
 def varied(axes: Mapping[str, Sequence]) -> list[str]:
     "The parameters with more than one value; all of them where none has."
     return [name for name, values in axes.items() if len(values) > 1] or list(axes)
@@ -218,7 +216,7 @@ class Runs(Sequence):
         return dict(args=record["args"], status=record["status"], seconds=record["seconds"], task=record["task"], folder=folder, records=results_of(self.sweep, record, self.swept))
 
     @property
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> Any:  # a pandas DataFrame
         "A row for each record of a run."
         import pandas as pd
 
@@ -240,8 +238,9 @@ def load(
     sweep = Sweep(Path(folder))
     asked = sweep.asked()
     there = {record["task"]: record for record in sweep.records()}
+    values = asked.get("values", {})  # of tasks that have no record yet
     order = [*dict.fromkeys([*asked["tasks"], *there])]
-    tasks = [there.get(name) or {"task": name, "status": "waiting", "args": asked["tasks"][name], "swept": list(asked["tasks"][name])} for name in order]
+    tasks = [there.get(name) or {"task": name, "status": "waiting", "args": values.get(name, {}), "swept": list(values.get(name, {}))} for name in order]
     ours = [record for record in tasks if record.get("code", asked["code"]) == asked["code"]]
     wanted = [record for record in (tasks if all else ours) if record["status"] in (("failed", "stopped", *ENDED) if all else ENDED)]
     return Runs(sweep, wanted, asked, ours, sum(record.get("code") not in (asked["code"], None) for record in tasks))

@@ -188,7 +188,7 @@ def _lanes(folder: Path, row: dict) -> list[dict]:
 
     return [row | lane for lane in pd.read_csv(folder / "lanes.csv").to_dict("records")]
 
-# %% ../../nbs/lab/tasks.ipynb #e6b2b771
+# %% ../../nbs/lab/tasks.ipynb #5565725c
 def varied(axes: Mapping[str, Sequence]) -> list[str]:
     "The parameters with more than one value; all of them where none has."
     return [name for name, values in axes.items() if len(values) > 1] or list(axes)
@@ -240,7 +240,7 @@ def load(
     there = {record["task"]: record for record in sweep.records()}
     values = asked.get("values", {})  # of tasks that have no record yet
     order = [*dict.fromkeys([*asked["tasks"], *there])]
-    tasks = [there.get(name) or {"task": name, "status": "waiting", "args": values.get(name, {}), "swept": list(values.get(name, {}))} for name in order]
+    tasks = [there.get(name) or {"task": name, "status": "waiting"} | ({"args": values[name], "swept": list(values[name])} if name in values else {}) for name in order]
     ours = [record for record in tasks if record.get("code", asked["code"]) == asked["code"]]
     wanted = [record for record in (tasks if all else ours) if record["status"] in (("failed", "stopped", *ENDED) if all else ENDED)]
     return Runs(sweep, wanted, asked, ours, sum(record.get("code") not in (asked["code"], None) for record in tasks))

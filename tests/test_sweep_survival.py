@@ -23,6 +23,7 @@ import torch
 from flatmin_nb.lab.files import FolderError
 from flatmin_nb.lab.notebooks import identity, package_code, read_notebook
 from flatmin_nb.lab.sweep import Workers, run_task
+from flatmin_nb.lab.sweep import sweep as sweep_of
 from flatmin_nb.lab.tasks import Sweep, driven, is_driven, load, standing, task_of, write_json
 
 FLATMIN = Path(sys.executable).parent / "flatmin"
@@ -162,7 +163,7 @@ class Toy:
         self.folder, self.place = root / "sweep", root / "place"
         self.place.mkdir(parents=True)
         self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
-        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir=None if len(tempfile.gettempdir()) < 24 else Path(os.sep, "tmp")))  # names of sockets must be short
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
         self.drivers, self.seen = [], []
 
     @property
@@ -195,7 +196,7 @@ class Toy:
     def families(self, name: str = "*") -> list[dict[str, psutil.Process]]:
         "The processes of those runs that hold or have lost their worker, as they were when this was asked first."
         for path in sorted(self.place.glob(f"{name}.family")):
-            if path.stem not in self.seen:
+            if path.stem not in dict(self.seen):
                 there = {}
                 for role, pid in json.loads(path.read_text()).items():
                     try:
@@ -516,7 +517,7 @@ def goes_on(toy: Toy, *words) -> None:
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed(toy):
+def test_a_driver_that_is_killed(toy, cluster):
     driver, processes = begun(toy)
     driver.process.kill()
     loaded = toy.flatmin("load", toy.folder)
@@ -524,7 +525,7 @@ def test_a_driver_that_is_killed(toy):
     status = toy.flatmin("status", toy.folder).stdout
     assert "3 finished, 2 interrupted, 1 waiting" in status and "nobody sweeps into it now" in status
     gone(processes)
-    goes_on(toy)
+    goes_on(toy, "--address", cluster.address)
 
 
 @pytest.mark.slow
@@ -577,7 +578,7 @@ def test_a_driver_that_is_killed_on_a_cluster(toy, cluster):
     gone(processes)
     assert {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished"}.items() <= toy.status().items()
     assert len(load(toy.folder)) == 3
-    goes_on(toy, "--address", cluster.address)
+    assert "3 ended, 3 to be run" in toy.flatmin("sweep", toy.notebook, toy.folder, *SOME, "--dry-run").stdout
 
 
 @pytest.mark.slow
@@ -602,35 +603,62 @@ def test_a_machine_that_is_lost(toy, cluster):
     gone(process for family in toy.families() for process in family.values())
 
 
-GPUS = """
+SESSION = """
 import json, sys
 import ray
 from flatmin_nb.lab.sweep import sweep
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 for line in sys.stdin:
-    axes, options = json.loads(line)
-    print(len(sweep(*sys.argv[2:4], axes, **options)), flush=True)
+    notebook, folder, axes, options = json.loads(line)
+    print("runs:", len(sweep(notebook, folder, axes, **options)), flush=True)
 """
 
 
-@pytest.mark.slow
-def test_each_run_sees_its_own_gpu(toy, cluster):
-    "The runs of a party wait for each other, so that all of them are there at once."
-    command = [sys.executable, "-c", GPUS, cluster.address, toy.notebook, toy.folder]
-    with subprocess.Popen(command, env=toy.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+@pytest.fixture(scope="module")
+def session(cluster, tmp_path_factory) -> Callable[..., int]:
+    "The function sweep in a program that has started Ray itself; how many runs have ended then."
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "WANDB_", "CUDA_"))} | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", SESSION, cluster.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def gpus(seeds: list[int], **options) -> list[str]:
-            for there in toy.place.glob("meets-*.there"):
-                there.unlink()
-            (toy.place / "party").write_text(str(len(seeds)))
-            process.stdin.write(json.dumps([dict(what=["meets"], seed=seeds), options]) + "\n")
+        def call(toy: Toy, axes: dict, **options) -> int:
+            process.stdin.write(json.dumps([str(toy.notebook), str(toy.folder), axes, options]) + "\n")
             process.stdin.flush()
-            assert int(process.stdout.readline()) >= len(seeds)
-            return sorted(toy.environment_of(f"meets-{seed}")["CUDA_VISIBLE_DEVICES"] for seed in seeds)
+            for line in process.stdout:  # Ray has words of its own
+                if line.startswith("runs:"):
+                    return int(line.split()[1])
+            raise AssertionError("the program has ended")
 
-        assert gpus([0, 1], gpus_per_run=1) == ["0", "1"]
-        assert gpus([2, 3, 4, 5], gpus_per_run=0.5, cpus_per_run=0.5) == ["0", "0", "1", "1"]
-        assert gpus([6], gpus_per_run=0) == [""]
+        yield call
+
+
+@pytest.mark.slow
+def test_each_run_sees_its_own_gpu(toy, session):
+    "The runs of a party wait for each other, so that all of them are there at once."
+    def gpus(*seeds: int, **options) -> list[str]:
+        for there in toy.place.glob("meets-*.there"):
+            there.unlink()
+        (toy.place / "party").write_text(str(len(seeds)))
+        session(toy, dict(what=["meets"], seed=seeds), **options)
+        return sorted(toy.environment_of(f"meets-{seed}")["CUDA_VISIBLE_DEVICES"] for seed in seeds)
+
+    assert gpus(0, 1, gpus_per_run=1) == ["0", "1"]
+    assert gpus(2, 3, 4, 5, gpus_per_run=0.5, cpus_per_run=0.5) == ["0", "0", "1", "1"]
+    assert gpus(6, gpus_per_run=0) == [""]
+
+
+@pytest.mark.slow
+def test_edited_code_runs_again_and_hides_what_was(toy, session):
+    axes = {"seed": [0, 1]}
+    assert session(toy, axes) == 2
+    notebook_of(toy.notebook, PARAMETERS.format(place=str(toy.place)), CODE.replace("seed**2", "seed + 100"))
+    assert sorted(load(toy.folder).table["square"]) == [0, 1]  # of what was swept last
+    assert session(toy, axes) == 2
+    assert toy.log()["ended ends-0"] == toy.log()["ended ends-1"] == 2
+    loaded, everything = toy.flatmin("load", toy.folder), toy.flatmin("load", toy.folder, "--all")
+    assert sorted(load(toy.folder).table["square"]) == [100, 101]
+    assert loaded.stdout.count("finished") == 2 and "2 runs of other code are left out; --all shows them" in loaded.stderr
+    assert everything.stdout.count("finished") == 4 and everything.stderr == ""
+    assert len(list(toy.folder.glob("tasks/*"))) == 4
 
 
 @pytest.mark.slow
@@ -661,21 +689,6 @@ def test_a_full_disk(toy, cluster):
         subprocess.run(["umount", "-l", toy.folder], check=True)
 
 
-@pytest.mark.slow
-def test_edited_code_runs_again_and_hides_what_was(toy, cluster):
-    words = ("-p", "seed", "range(2)", "--address", cluster.address)
-    assert toy.to_the_end(toy.start(*words)) == 0
-    notebook_of(toy.notebook, PARAMETERS.format(place=str(toy.place)), CODE.replace("seed**2", "seed + 100"))
-    assert len(load(toy.folder)) == 2  # of what was swept last
-    assert toy.to_the_end(toy.start(*words)) == 0
-    assert toy.log()["ended ends-0"] == toy.log()["ended ends-1"] == 2
-    loaded, everything = toy.flatmin("load", toy.folder), toy.flatmin("load", toy.folder, "--all")
-    assert sorted(load(toy.folder).table["square"]) == [100, 101]
-    assert loaded.stdout.count("finished") == 2 and "2 runs of other code are left out; --all shows them" in loaded.stderr
-    assert everything.stdout.count("finished") == 4 and everything.stderr == ""
-    assert len({path.name for path in toy.folder.glob("tasks/*")}) == 4
-
-
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -701,12 +714,11 @@ def recorded(toy: Toy, seeds: int = 3) -> Sweep:
     for task in tasks:
         facts = dict(task=task.name, status="finished", notebook=notebook.name, code=notebook.code, args=task.args, swept=["seed"])
         sweep.write(facts | dict(points=list(task.points), attempts=[attempt], seconds=1.0, error=""))
-    axes = {"seed": list(range(seeds))}
-    write_json(sweep.path / "sweep.json", dict(notebook=notebook.name, code=notebook.code, axes=axes, slices=[], points=seeds, tasks=[task.name for task in tasks], asked=""))
+    assert len(sweep_of(toy.notebook, toy.folder, {"seed": range(seeds)})) == seeds  # nothing is to be done but to write down what is asked for
     return sweep
 
 
-def to_be_run(toy: Toy, *words, **environment) -> int:
+def to_be_run(toy: Toy, **environment) -> int:
     result = toy.flatmin("sweep", toy.notebook, toy.folder, "-p", "seed", "range(3)", "--dry-run", **environment)
     assert result.returncode == 0, result.stderr
     return int(re.search(r"(\d+) to be run", result.stdout)[1])
@@ -714,11 +726,12 @@ def to_be_run(toy: Toy, *words, **environment) -> int:
 
 def test_a_dry_run_starts_nothing_and_writes_nothing(toy, tmp_path):
     (tmp_path / "ray.py").write_text("raise SystemExit('Ray was imported')")
-    assert to_be_run(toy, PYTHONPATH=str(tmp_path)) == 3
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    assert to_be_run(toy, PYTHONPATH=path) == 3
     assert not toy.folder.exists() and not list(toy.scratch.iterdir())
     recorded(toy)
     before = {path: path.read_bytes() for path in toy.folder.rglob("*") if path.is_file()}
-    assert to_be_run(toy, PYTHONPATH=str(tmp_path)) == 0
+    assert to_be_run(toy, PYTHONPATH=path) == 0
     assert {path: path.read_bytes() for path in toy.folder.rglob("*") if path.is_file()} == before
 
 

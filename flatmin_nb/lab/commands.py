@@ -6,7 +6,7 @@
 __all__ = ['app', 'NOTEBOOK', 'FOLDER', 'AXES', 'ADDRESS', 'CPUS', 'GPUS', 'AT_ONCE', 'RETRIES', 'joined', 'Commands', 'pairs',
            'outlook', 'lengths', 'told', 'shown']
 
-# %% ../../nbs/lab/commands.ipynb #27c1f7a0
+# %% ../../nbs/lab/commands.ipynb #e30ab57b
 import math
 import os
 import re
@@ -23,8 +23,8 @@ from .errors import OneLineMain
 from .files import written_whole
 from .grids import SweepError
 from .sweep import Plan, plan, run
-from .sweep_views import clean, duration, figures, in_words, live, pair_figure
-from .tasks import Runs, Sweep, driver, is_driven, load, standing
+from .sweep_views import clean, duration, figures, in_words, live
+from .tasks import ENDED, Runs, Sweep, driver, is_driven, load, standing
 
 # %% ../../nbs/lab/commands.ipynb #d5b56398
 def joined(words: list[str]) -> list[str]:
@@ -66,19 +66,24 @@ def pairs(given: list[str]) -> dict[str, str]:
         raise SweepError(f"-p {twice[0]} is given twice; give all its values at once, -p {twice[0]} '[1, 2]'")
     return dict(found)
 
-# %% ../../nbs/lab/commands.ipynb #75433729
-def outlook(plan: Plan, at_once: int) -> str:
+# %% ../../nbs/lab/commands.ipynb #b0ee9f93
+def outlook(
+    plan: Plan,
+    at_once: int,  # runs; 0: not known
+) -> str:
     "What a plan comes to, in one line."
     runs, ended = len(plan.tasks), len(plan.there)
     text = f"{len(plan.points)} points in {runs + ended} runs: {ended} ended, {runs} to be run"
-    if runs and not math.isnan(plan.seconds):
+    if runs and not math.isnan(plan.seconds) and not at_once:
+        text += f"; those that have ended here took {duration(plan.seconds)} each"
+    elif runs and not math.isnan(plan.seconds):
         rounds = math.ceil(runs / at_once)
         text += f"; about {duration(rounds * plan.seconds)}, {at_once} at a time, {duration(plan.seconds)} each as those that have ended here took"
     elif runs:
         text += "; no run has ended here yet to tell how long one takes"
     return text
 
-# %% ../../nbs/lab/commands.ipynb #f680e9ad
+# %% ../../nbs/lab/commands.ipynb #488f31e6
 def lengths(given: list[str]) -> dict[str, int]:
     "What --slice was given: NAME=COUNT."
     try:
@@ -105,14 +110,17 @@ def _sweep(
 ) -> None:
     "Run a notebook at all combinations of values. The same command again goes on where it was broken off."
     planned = plan(notebook, folder, pairs(parameters), zipped=[names.replace(",", " ").split() for names in together], table=table, longest=lengths(slices))
-    room = at_once or max(1, math.floor(min((os.cpu_count() or 1) / cpus_per_run, math.inf)))
-    typer.echo(outlook(planned, room), err=not dry_run)
+    room = max(1, min(math.floor((os.cpu_count() or 1) / cpus_per_run), at_once or sys.maxsize))
+    typer.echo(outlook(planned, 0 if address or gpus_per_run else room), err=not dry_run)
     if dry_run:
         return
     with live(len(planned.tasks) + len(planned.there), len(planned.there), folder=folder) as view:
         runs = run(planned, view=view, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once, address=address)
     failed = told(runs)
-    raise typer.Exit(1 if failed else 0)
+    left = [task for task in planned.tasks if runs.sweep.record(task.name)["status"] not in (*ENDED, "failed")]
+    if left:
+        typer.echo(f"{len(left)} runs could not be written down as ended; is the disk full? the same command goes on", err=True)
+    raise typer.Exit(1 if failed or left else 0)
 
 
 def told(runs: Runs) -> int:
@@ -123,7 +131,7 @@ def told(runs: Runs) -> int:
         typer.echo(f"failed: {in_words(record)}: {clean(record['error'])} (tasks/{record['task']})", err=True)
     return len(failed)
 
-# %% ../../nbs/lab/commands.ipynb #fa8226ea
+# %% ../../nbs/lab/commands.ipynb #26b128a3
 def shown(
     table: Any,  # a pandas DataFrame
     swept: list[str],
@@ -149,11 +157,12 @@ def _load(
             runs.table.to_csv(file, index=False)
         typer.echo(f"{len(runs.table)} rows of {len(runs)} runs written to {out}")
     else:
-        typer.echo(shown(runs.table, runs.swept).to_string(index=False) if len(runs) else "no run has ended")
+        text = shown(runs.table, runs.swept).to_string(index=False) if len(runs) else "no run has ended"
+        typer.echo("".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text))  # words of a foreign folder must not steer the terminal
     if runs.other_code and not all:
         typer.echo(f"{runs.other_code} runs of other code are left out; --all shows them", err=True)
 
-# %% ../../nbs/lab/commands.ipynb #fea3de33
+# %% ../../nbs/lab/commands.ipynb #351a09d5
 @app.command("status")
 def _status(folder: Annotated[Path, FOLDER]) -> None:
     "Say how many runs ended, failed, run and wait, and who sweeps."
@@ -165,8 +174,9 @@ def _status(folder: Annotated[Path, FOLDER]) -> None:
         for record in running:
             attempt = record["attempts"][-1]
             typer.echo(f"running: {in_words(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
-    elif len(runs) < len(runs.tasks):
-        typer.echo("nobody sweeps into it now; the same flatmin sweep command goes on")
+    elif any(record["status"] not in (*ENDED, "stopped") for record in runs.tasks):
+        what = "search" if (folder / "search.json").exists() else "sweep"
+        typer.echo(f"nobody sweeps into it now; the same flatmin {what} command goes on")
 
 
 @app.command("cancel")
@@ -199,7 +209,7 @@ def _plot(
     if bool(x) != bool(y):
         raise SweepError("--x and --y come together; give both, or neither")
     out, runs = out or folder / "figures", load(folder)
-    drawn = {f"{x}-{y}": pair_figure(runs.table, x, y, metric)} if x else figures(runs, metric)
+    drawn = figures(runs, metric, (x, y) if x else ())
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = out / (re.sub(r"[^\w.-]+", "_", name) + ".png")  # names of columns come from the folder, and may come from elsewhere
@@ -207,7 +217,7 @@ def _plot(
             figure.savefig(file, format="png")
         typer.echo(path)
 
-# %% ../../nbs/lab/commands.ipynb #feda87c2
+# %% ../../nbs/lab/commands.ipynb #dc66f704
 @app.command("search")
 def _search(
     notebook: Annotated[Path, NOTEBOOK],
@@ -243,3 +253,4 @@ def _search(
     )  # fmt: skip
     typer.echo(result.table.to_string(index=False))
     typer.echo(result)
+    raise typer.Exit(1 if (result.table["state"] == "failed").any() else 0)

@@ -82,5 +82,6 @@ class OneLineMain:
             if status != 130:  # which typer makes of Ctrl-C
                 sys.exit(status if isinstance(status, int) else 0)
             message = "stopped"
-        typer.echo(f"Error: {' '.join(message.split())}", err=True)
+        shown = "".join(letter if letter.isprintable() else " " for letter in message)  # a foreign name must not steer the terminal
+        typer.echo(f"Error: {' '.join(shown.split())}", err=True)
         sys.exit(status)

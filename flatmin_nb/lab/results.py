@@ -402,7 +402,7 @@ def run_folders(
     "The folders that hold a run, by the shortest name that tells where they are: the path below the folder that was given."
     if not isinstance(where, (str, Path)):
         return {str(item) if name == "." else f"{item}/{name}": folder for item in where for name, folder in run_folders(item).items()}
-    if glob.has_magic(str(where)):
+    if glob.has_magic(str(where)) and not Path(where).exists():
         return run_folders(sorted(glob.glob(str(where), recursive=True)))
     return {path.parent.relative_to(where).as_posix(): path.parent for path in sorted(Path(where).rglob("run.json"))}
 

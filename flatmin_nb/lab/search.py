@@ -99,9 +99,9 @@ def _ends_in_order(found: Dimension) -> None:
     ends, trouble = found.values, ""
     if len(ends) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) and math.isfinite(end) for end in ends):
         trouble = "takes two numbers, the ends"
-    elif "integers" in found.kind and not all(isinstance(end, int) for end in ends):
-        trouble = "takes whole numbers"
-    elif not ends[0] < ends[1]:
+    elif "integers" in found.kind and not all(isinstance(end, int) and abs(end) <= 2**53 for end in ends):
+        trouble = "takes whole numbers, of at most 2**53"
+    elif not (ends[0] < ends[1] and math.isfinite(ends[1] - ends[0])):
         trouble = "goes from the lower end to the higher"
     elif found.log and ends[0] <= 0:
         trouble = "has a logarithm, so its ends are above 0"
@@ -418,7 +418,7 @@ def begin(search: UnderWay, trial: Any) -> None:
     if record["status"] in (*ENDED, "stopped"):
         end(search, record)
     elif "stopped" in trial.user_attrs:  # it was told to, and nobody waited for its end
-        end(search, record | {"status": "stopped"})
+        end(search, search.sweep.closed(record, "stopped"))
     elif len(waiting) == 1:
         search.workers.submit(task)
 

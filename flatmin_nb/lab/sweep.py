@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKEN', 'LEAVE', 'run_task', 'Cluster', 'ended_by_signals', 'Workers', 'Plan', 'plan', 'run', 'sweep']
 
-# %% ../../nbs/lab/sweep.ipynb #9c22f379
+# %% ../../nbs/lab/sweep.ipynb #b77f9dd3
 import math
 import os
 import secrets
@@ -28,7 +28,7 @@ from .errors import OneLineError
 from .files import FolderError, claimed, now, written_whole
 from .grids import SweepError, axis, combinations, known, rows_of, single
 from .notebooks import MARK, Notebook, adopt_orphans, end_all, environment_of, execute, guarded, last_lines, package_code, read_notebook
-from .tasks import ENDED, Runs, Sweep, Task, driven, load, planned, varied, write_json
+from .tasks import ENDED, Runs, Sweep, Task, driven, load, lost, planned, varied, write_json
 
 # %% ../../nbs/lab/sweep.ipynb #3145b565
 @cache
@@ -56,12 +56,7 @@ def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
     "The record of a task that has not run yet."
     return dict(task=task.name, status="waiting", notebook=notebook.name, code=notebook.code, args=task.args, swept=list(swept), points=list(task.points), attempts=[], seconds=0.0, error="")
 
-# %% ../../nbs/lab/sweep.ipynb #4090a9ca
-def _lost(record: dict) -> list[dict]:
-    "The attempts of a record that nobody works on any more: one without an end was lost."
-    return [attempt | ({"outcome": "died"} if attempt["outcome"] == "running" else {}) for attempt in record.get("attempts", [])]
-
-
+# %% ../../nbs/lab/sweep.ipynb #6c2161b0
 def run_task(
     path: str,  # the sweep's folder
     record: dict,  # of a task that waits
@@ -87,7 +82,7 @@ def run_task(
         before = sweep.record(record["task"])
         if before["status"] in ENDED:  # by a worker of an earlier driver, after this one had looked
             return before
-        record |= dict(status="running", attempts=[*_lost(before), attempt])
+        record |= dict(status="running", attempts=[*lost(before), attempt])
         sweep.write(record)
         mark, where = _marked_worker(session)[0] + record["task"], Path(cwd) if Path(cwd).is_dir() else sweep.path
         went_on = (folder / "out").exists()
@@ -112,7 +107,7 @@ def run_task(
             lock.release(force=True)
     return record
 
-# %% ../../nbs/lab/sweep.ipynb #60af5b42
+# %% ../../nbs/lab/sweep.ipynb #a87a9195
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 LEAVE = {"RAY_kill_child_processes_on_worker_exit": "0"}  # a worker that kills only its children makes orphans of theirs; the guardian kills all
 
@@ -133,13 +128,16 @@ def _ray(address: str, mark: str) -> Iterator[tuple[Any, bool]]:
     scratch = ""
     try:
         if address:
+            if address != "auto" and "//" not in address:  # Ray would knock for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             short = len(tempfile.gettempdir()) < 24  # the names of sockets in it must stay below 107 letters
             scratch = tempfile.mkdtemp(prefix="flatmin-", dir=None if short else Path(os.sep, "tmp"))
             with environment_of({MARK: mark, "SPT_NOENV": "1", **LEAVE}):  # so that Ray's processes, which change their titles, keep their marks
                 ray.init(address="local", _temp_dir=scratch, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         said = last_lines(str(error), 1)
         if address:
             remedy = f"Ray cannot be joined at {address} ({said}); start flatmin on a machine of the cluster, with RAY_AUTH_MODE=token and the cluster's token in the environment, or leave --address out"
@@ -240,7 +238,7 @@ def ended_by_signals() -> Iterator[None]:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
 
-# %% ../../nbs/lab/sweep.ipynb #89884bb5
+# %% ../../nbs/lab/sweep.ipynb #82fb512a
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -274,7 +272,8 @@ class Workers:
             self._open.close()
             for name in self.in_flight:
                 if (record := self.sweep.record(name))["status"] == "running":
-                    self.sweep.write(record | {"status": "cancelled"})
+                    with suppress(OSError):  # a full disk; it says running, which is not ended
+                        self.sweep.closed(record, "cancelled")
 
     @property
     def slots(self) -> int:
@@ -321,7 +320,7 @@ class Workers:
         "Take down how a task ended, or queue it again."
         known = self.sweep.record(task.name)
         if isinstance(result, str) and known["status"] not in ENDED:  # else it ended, and only the news of it were lost
-            known = _begun(task, self.notebook, self.swept) | known | {"status": "died", "error": result, "attempts": _lost(known)}
+            known = _begun(task, self.notebook, self.swept) | known | {"status": "died", "error": result, "attempts": lost(known)}
         record = dict(known if isinstance(result, str) else result)
         if record["status"] == "refused":  # by a machine that would refuse all
             raise SweepError(record["error"])
@@ -343,7 +342,7 @@ class Workers:
         self._over.append(record)
         del self.in_flight[record["task"]]
 
-# %% ../../nbs/lab/sweep.ipynb #51f39243
+# %% ../../nbs/lab/sweep.ipynb #8fd4b263
 @dataclass(frozen=True)
 class Plan:
     "What is to be done, before it is."
@@ -381,6 +380,8 @@ def plan(
 ) -> Plan:
     "Look at what is asked for; SweepError in one line where it cannot be."
     sweep, read = Sweep(Path(folder)), read_notebook(notebook)
+    if sweep.path.exists() and not sweep.path.is_dir():
+        raise SweepError(f"'{folder}' is a file; choose another folder")
     if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
         raise SweepError(f"'{folder}' holds a sweep of {theirs}; choose another folder for {read.name}")
     known(axes, read.parameters)

@@ -347,9 +347,10 @@ def by_method(
 def figures(
     runs: Any,  # what lab.tasks.load returned
     metric: str,  # a numeric column of runs.table
+    pair: tuple[str, ...] = (),  # two columns to draw over, whatever was swept
 ) -> dict[str, Any]:  # matplotlib figures by name: "L-gamma", or "L" where one parameter is swept; "L-gamma-sgd" of several methods
     "One figure per pair of swept parameters."
-    names, axes = drawn(runs.axes), runs.axes
+    names, axes = list(pair) or drawn(runs.axes), runs.axes
     reasons(runs.table, metric, *names)
     if not names:
         raise SweepError("no parameter of this sweep has more than one value, so there is nothing to draw; look at its table instead")

@@ -163,7 +163,7 @@ class Toy:
         self.folder, self.place = root / "sweep", root / "place"
         self.place.mkdir(parents=True)
         self.notebook = notebook_of(root / f"{name}.ipynb", PARAMETERS.format(place=str(self.place)), ("markdown", "What is to be seen."), CODE)
-        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir="/tmp"))  # names of sockets must be short
+        self.scratch = Path(tempfile.mkdtemp(prefix="toy", dir=None if len(tempfile.gettempdir()) < 24 else Path(os.sep, "tmp")))  # names of sockets must be short
         self.drivers, self.seen = [], []
 
     @property

@@ -7,7 +7,7 @@ __all__ = ['MARK', 'Notebook', 'package_code', 'source_of', 'read_notebook', 'al
            'adopt_orphans', 'end_all', 'guard', 'guarded', 'environment_of', 'records_below', 'private_sockets',
            'last_lines', 'execute']
 
-# %% ../../nbs/lab/notebooks.ipynb #07955595
+# %% ../../nbs/lab/notebooks.ipynb #c7ad632d
 import ctypes
 import hashlib
 import json
@@ -27,7 +27,6 @@ from typing import IO, Any
 import flatmin_nb
 import psutil
 
-from .files import plain
 from .grids import SETS_ITSELF, Parameter, SweepError, declared, declared_slices
 
 # %% ../../nbs/lab/notebooks.ipynb #c79ac19a
@@ -77,7 +76,7 @@ def read_notebook(path: Path | str) -> Notebook:
     text = json.dumps(content | {"cells": bare}, ensure_ascii=False)
     return Notebook(path.name, text, parameters, declared_slices(sources, parameters), hashlib.sha256(code.encode()).hexdigest())
 
-# %% ../../nbs/lab/notebooks.ipynb #fde14025
+# %% ../../nbs/lab/notebooks.ipynb #a88dc4c5
 def all_parameters(notebook: Notebook, asked: Mapping[str, Any]) -> dict[str, Any]:
     "Every parameter of a run, with what was asked for in the place of defaults."
     defaults = {name: parameter.default for name, parameter in notebook.parameters.items() if name not in SETS_ITSELF}
@@ -87,7 +86,7 @@ def all_parameters(notebook: Notebook, asked: Mapping[str, Any]) -> dict[str, An
 def identity(notebook: Notebook, asked: Mapping[str, Any]) -> str:  # 20 hexadecimal digits
     "The name of the run of a notebook with these parameters."
     sources = {name: parameter.default_source for name, parameter in notebook.parameters.items() if name not in SETS_ITSELF and name not in asked}
-    facts = dict(code=notebook.code, asked=plain(dict(asked)), left_alone=sources)
+    facts = dict(code=notebook.code, asked=dict(asked), left_alone=sources)  # JSON as Python writes it has infinity, which is not the word inf
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:20]
 
 # %% ../../nbs/lab/notebooks.ipynb #f89523af

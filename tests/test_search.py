@@ -521,6 +521,9 @@ def test_the_folder_is_one_of_a_sweep_too(tmp_path):
     runs = load(tmp_path / "s")
     assert len(runs) == 12 and runs.swept == ["u", "v"] and runs.axes["u"] == table["u"].tolist()
     assert runs.table.set_index("task")["density"].to_dict() == table.set_index("task")["density"].to_dict()
+    (tmp_path / "s" / "tasks" / table["task"][0] / "task.json").unlink()  # as of a trial that waits
+    (waiting,) = [record for record in load(tmp_path / "s").tasks if record["status"] == "waiting"]
+    assert waiting["args"] == {"u": table["u"][0], "v": table["v"][0]}
 
 
 @pytest.mark.parametrize("change", [
@@ -542,7 +545,7 @@ def test_other_code_and_another_notebook_are_refused(tmp_path):
     ask(tmp_path / "s", trials=3)
     with pytest.raises(SearchError, match="holds a search with code = "):
         search(notebook_in(tmp_path / "nb", "print(v, u)"), tmp_path / "s", SQUARE, metric="density", sampler="random", trials=3, workers=Fake(toy))
-    with pytest.raises(SearchError, match="holds runs of toy.ipynb; choose another folder for other.ipynb"):
+    with pytest.raises(SweepError, match="holds a sweep of toy.ipynb; choose another folder for other.ipynb"):
         search(notebook_in(tmp_path / "nb", name="other.ipynb"), tmp_path / "s", SQUARE, metric="density", workers=Fake(toy))
 
 

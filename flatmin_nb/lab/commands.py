@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'NOTEBOOK', 'FOLDER', 'AXES', 'ADDRESS', 'CPUS', 'GPUS', 'AT_ONCE', 'RETRIES', 'joined', 'Commands', 'pairs',
-           'outlook', 'lengths', 'told', 'shown']
+           'say', 'outlook', 'lengths', 'told', 'shown']
 
 # %% ../../nbs/lab/commands.ipynb #e30ab57b
 import math
@@ -66,6 +66,11 @@ def pairs(given: list[str]) -> dict[str, str]:
         raise SweepError(f"-p {twice[0]} is given twice; give all its values at once, -p {twice[0]} '[1, 2]'")
     return dict(found)
 
+# %% ../../nbs/lab/commands.ipynb #b98f5274
+def say(text: object) -> None:
+    "Print a text without control characters: words of a foreign folder must not steer the terminal."
+    typer.echo("".join(letter if letter.isprintable() or letter == "\n" else " " for letter in str(text)))
+
 # %% ../../nbs/lab/commands.ipynb #b0ee9f93
 def outlook(
     plan: Plan,
@@ -83,14 +88,16 @@ def outlook(
         text += "; no run has ended here yet to tell how long one takes"
     return text
 
-# %% ../../nbs/lab/commands.ipynb #488f31e6
+# %% ../../nbs/lab/commands.ipynb #3f3ac5bb
 def lengths(given: list[str]) -> dict[str, int]:
     "What --slice was given: NAME=COUNT."
     try:
         found = {name: int(count) for name, count in (text.split("=") for text in given)}
-        return found if all(count > 0 for count in found.values()) else {}[0]
-    except (ValueError, KeyError):
-        raise SweepError(f"--slice {' --slice '.join(given)}: give NAME=COUNT, seeds=1 say: at most so many values of the parameter in one run") from None
+    except ValueError:
+        found = {"": 0}
+    if any(count < 1 for count in found.values()):
+        raise SweepError(f"--slice {' --slice '.join(given)}: give NAME=COUNT, seeds=1 say: at most so many values of the parameter in one run")
+    return found
 
 
 @app.command("sweep")
@@ -116,22 +123,21 @@ def _sweep(
         return
     with live(len(planned.tasks) + len(planned.there), len(planned.there), folder=folder) as view:
         runs = run(planned, view=view, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once, address=address)
-    failed = told(runs)
-    left = [task for task in planned.tasks if runs.sweep.record(task.name)["status"] not in (*ENDED, "failed")]
-    if left:
-        typer.echo(f"{len(left)} runs could not be written down as ended; is the disk full? the same command goes on", err=True)
-    raise typer.Exit(1 if failed or left else 0)
+    told(runs)
+    ends = [runs.sweep.record(task.name)["status"] for task in planned.tasks]
+    if left := sum(status not in (*ENDED, "failed") for status in ends):
+        typer.echo(f"{left} runs could not be written down as ended; is the disk full? the same command goes on", err=True)
+    raise typer.Exit(1 if any(status not in ENDED for status in ends) else 0)
 
 
-def told(runs: Runs) -> int:
-    "Say how the runs stand, those that failed with their last lines; how many failed."
+def told(runs: Runs) -> None:
+    "Say how the runs stand, and of those that failed their last lines."
     typer.echo(", ".join(f"{count} {status}" for status, count in standing(runs).items()) or "no runs")
     failed = [record for record in runs.tasks if record["status"] == "failed"]
     for record in failed:
         typer.echo(f"failed: {in_words(record)}: {clean(record['error'])} (tasks/{record['task']})", err=True)
-    return len(failed)
 
-# %% ../../nbs/lab/commands.ipynb #26b128a3
+# %% ../../nbs/lab/commands.ipynb #f82e4ee9
 def shown(
     table: Any,  # a pandas DataFrame
     swept: list[str],
@@ -157,23 +163,22 @@ def _load(
             runs.table.to_csv(file, index=False)
         typer.echo(f"{len(runs.table)} rows of {len(runs)} runs written to {out}")
     else:
-        text = shown(runs.table, runs.swept).to_string(index=False) if len(runs) else "no run has ended"
-        typer.echo("".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text))  # words of a foreign folder must not steer the terminal
+        say(shown(runs.table, runs.swept).to_string(index=False) if len(runs) else "no run has ended")
     if runs.other_code and not all:
         typer.echo(f"{runs.other_code} runs of other code are left out; --all shows them", err=True)
 
-# %% ../../nbs/lab/commands.ipynb #351a09d5
+# %% ../../nbs/lab/commands.ipynb #2faed98a
 @app.command("status")
 def _status(folder: Annotated[Path, FOLDER]) -> None:
     "Say how many runs ended, failed, run and wait, and who sweeps."
     runs = load(folder)
     told(runs)
-    running = [record for record in runs.tasks if record["status"] == "running"]
+    running = [record for record in runs.tasks if record["status"] == "running" and record["attempts"]]
     if is_driven(runs.sweep):
-        typer.echo(f"swept {driver(runs.sweep)}")
+        say(f"swept {driver(runs.sweep)}")
         for record in running:
             attempt = record["attempts"][-1]
-            typer.echo(f"running: {in_words(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
+            say(f"running: {in_words(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
     elif any(record["status"] not in (*ENDED, "stopped") for record in runs.tasks):
         what = "search" if (folder / "search.json").exists() else "sweep"
         typer.echo(f"nobody sweeps into it now; the same flatmin {what} command goes on")
@@ -217,7 +222,7 @@ def _plot(
             figure.savefig(file, format="png")
         typer.echo(path)
 
-# %% ../../nbs/lab/commands.ipynb #dc66f704
+# %% ../../nbs/lab/commands.ipynb #40a8f495
 @app.command("search")
 def _search(
     notebook: Annotated[Path, NOTEBOOK],
@@ -251,6 +256,6 @@ def _search(
         stopping=stopping, report=report, report_direction=report_direction, least=least, most=most, reduction=reduction, retries=retries, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run, at_once=at_once,
         address=address, say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
-    typer.echo(result.table.to_string(index=False))
-    typer.echo(result)
+    say(result.table.to_string(index=False))
+    say(result)
     raise typer.Exit(1 if (result.table["state"] == "failed").any() else 0)

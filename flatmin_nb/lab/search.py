@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'OBJECTIVES', 'ON_TEST', 'STUDY', 'SearchError', 'Dimension
            'constraint', 'check_measure', 'copied', 'row_of', 'number_in', 'mended', 'seed_of', 'sampler_at', 'drawn',
            'opened', 'asked_in', 'reported', 'reports', 'UnderWay', 'begin', 'ask', 'judged', 'turned', 'reports_of',
            'look', 'measured', 'end', 'told', 'Result', 'table_of', 'found', 'check_options', 'divided', 'question_of',
-           'search', 'until_all_ended', 'independent', 'keep', 'note', 'encoded', 'surrogate_check', 'surrogate_said',
+           'search', 'until_all_ended', 'independent', 'note', 'encoded', 'surrogate_check', 'surrogate_said',
            'plot_search', 'plot_surrogate']
 
 # %% ../../nbs/lab/search.ipynb #28a67d71
@@ -640,7 +640,7 @@ def question_of(
     texts = {one.name: str(one) for one in space}
     return plain(dict(notebook=notebook.name, code=notebook.code, space=texts, fixed=dict(fixed)) | asked)
 
-# %% ../../nbs/lab/search.ipynb #25ba9d24
+# %% ../../nbs/lab/search.ipynb #d802ccc6
 def search(
     notebook: Path | str,
     folder: Path | str,
@@ -675,15 +675,13 @@ def search(
     check_options(asked)
     dimensions, values = divided(read, space, fixed)
     question = question_of(read, dimensions, values, asked)
-    from flatmin_nb.lab.sweep import Workers, ended_by_signals
+    from flatmin_nb.lab.sweep import Workers, check_device
 
-    if not options.get("gpus_per_run") and str(values.get("device", "")).startswith("cuda"):
-        raise SearchError(f"device = {values['device']!r} and no GPU is asked for; give --gpus-per-run 1, or a fraction that several runs share")
-    if (sweep.path / "sweep.json").exists() and (theirs := sweep.asked()["notebook"]) != read.name:
-        raise SearchError(f"'{folder}' holds runs of {theirs}; choose another folder for {read.name}")
-    with _quiet(), driven(sweep), ended_by_signals():
+    check_device([values.get("device", ""), *(value for one in dimensions if one.name == "device" for value in one.values)], options.get("gpus_per_run", 0))
+    sweep.check(read)
+    with _quiet(), driven(sweep):
         study = opened(sweep.path, question)
-        keep(sweep, read)
+        sweep.keep(read)
         with (workers or Workers)(sweep, read, [one.name for one in dimensions], at_once=at_once, **options) as running:
             until_all_ended(UnderWay(sweep, read, study, question, dimensions, values, running, say or (lambda line: None)), trials)
         return Result(sweep.path, question, table_of(study, question))
@@ -715,15 +713,7 @@ def independent(search: UnderWay) -> None:
         trouble = f"--metric {search.question['metric']!r} equals the parameter {name!r} in all {len(complete)} trials: it is a copy of it"
         raise SearchError(f"{trouble}; name what a run measures, and choose another folder")
 
-# %% ../../nbs/lab/search.ipynb #be3ec125
-def keep(sweep: Sweep, notebook: Notebook) -> None:
-    "Keep the copy of the notebook that is run."
-    path = sweep.notebook(notebook.code)
-    path.parent.mkdir(exist_ok=True)
-    with written_whole(path) as file:
-        file.write(notebook.text.encode())
-
-
+# %% ../../nbs/lab/search.ipynb #37559010
 def note(search: UnderWay) -> None:
     "Put down as a sweep what has been asked for so far."
     begun = search.trials()
@@ -731,7 +721,8 @@ def note(search: UnderWay) -> None:
     for trial, one in product(begun, search.space):
         if one.name in trial.params and (value := one.value(trial.params[one.name])) not in axes[one.name]:
             axes[one.name].append(value)
-    tasks = list(dict.fromkeys(name for trial in begun if (name := trial.user_attrs.get("task"))))
+    values = lambda trial: {one.name: one.value(trial.params[one.name]) for one in search.space if one.name in trial.params}
+    tasks = {name: values(trial) for trial in begun if (name := trial.user_attrs.get("task"))}
     facts = dict(notebook=search.notebook.name, code=search.notebook.code, axes=axes, slices=[], points=len(tasks), tasks=list(tasks), values=tasks, asked=now())
     write_json(search.sweep.path / "sweep.json", facts)
 

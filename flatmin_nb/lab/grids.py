@@ -475,7 +475,7 @@ def checked(
         raise SweepError(f"{wrong}cannot be recorded; give numbers, text, True, False, None or lists of them") from None
     return value
 
-# %% ../../nbs/lab/grids.ipynb #dd125c85
+# %% ../../nbs/lab/grids.ipynb #098feda6
 def _is_python(text: str) -> bool:
     "Whether what was given for a text parameter is written as Python: a list, a text in quotes, a comprehension or one of our functions."
     try:
@@ -519,7 +519,7 @@ def _fits(parameter: Parameter, value: Any) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/lab/grids.ipynb #8e0fc402
 def _is_one(parameter: Parameter, values: Any) -> bool:
     "Whether a list is one value of a list parameter, not a list of its values."
     lists = _lists(parameter.kind)
@@ -640,7 +640,7 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/lab/grids.ipynb #a507c5e9
+# %% ../../nbs/lab/grids.ipynb #1342304f
 def _can_be_sliced(kind: Any) -> bool:
     "Whether one value of a parameter can hold many: a list, or a text of words."
     return kind is Any or _members(kind) == (str,) or bool(_lists(kind))
@@ -686,7 +686,7 @@ def declared_slices(
             raise SweepError(f"SLICES names {name!r} twice; {how}")
     return tuple(names)
 
-
+# %% ../../nbs/lab/grids.ipynb #95b48461
 def single(
     parameter: Parameter,  # one that is sliced
 ) -> Parameter:
@@ -710,7 +710,7 @@ def handed_over(
             raise SweepError(f"parameter {parameter.name!r}: {alone}; sweep words without spaces")
     return checked(parameter, " ".join(map(str, values)))
 
-# %% ../../nbs/lab/grids.ipynb #873ee427
+# %% ../../nbs/lab/grids.ipynb #cf07f3e3
 def _products(points: list[tuple]) -> list[list[list]]:
     "Points, given as tuples of one length, as products: lists of values, one for each place."
     if not points[0]:
@@ -737,7 +737,7 @@ def _fewest(points: list[tuple]) -> list[list[list]]:
             break
     return best
 
-
+# %% ../../nbs/lab/grids.ipynb #cb2c245c
 def sliced(
     points: list[dict],  # all with the same names
     names: Iterable[str],  # of the parameters that are handed over as lists; those that no point has are passed over

@@ -239,7 +239,28 @@ def _ended_by_signals() -> Iterator[None]:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
 
-# %% ../../nbs/lab/sweep.ipynb #052ecb0b
+# %% ../../nbs/lab/sweep.ipynb #f435a77f
+def _environment(task: Task, group: str, gpus: float) -> dict[str, str | None]:
+    "Changes of the environment for a run: no token of Ray's, no GPU where none was asked for, the group of Weights & Biases where that is on."
+    environment = dict.fromkeys(TOKEN) | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    if task.args.get("wandb_mode", "disabled") != "disabled":
+        environment["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP", group)
+    return environment
+
+
+def _heard(
+    result: dict | str,  # the record, or what Ray says of a worker that is gone
+    known: dict,  # the record on disk
+    begun: dict,  # the record of a task that has not run
+) -> dict:
+    "The record of a task of which something was heard."
+    if not isinstance(result, str):
+        return dict(result)
+    if known["status"] in ENDED:  # it ended, and only the news of it were lost
+        return known
+    return begun | known | {"status": "died", "error": result, "attempts": lost(known)}
+
+# %% ../../nbs/lab/sweep.ipynb #1444b41a
 class Workers:
     "A queue of tasks of one sweep, and those who work on it."
 
@@ -309,9 +330,7 @@ class Workers:
 
     def _start(self, task: Task) -> Any:
         "Hand a task to Ray."
-        environment = dict.fromkeys(TOKEN) | ({} if self.cluster.wanted["GPU"] else {"CUDA_VISIBLE_DEVICES": ""})  # what asked for no GPU sees none
-        if task.args.get("wandb_mode", "disabled") != "disabled":
-            environment["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP", self.sweep.path.resolve().name)
+        environment = _environment(task, self.sweep.path.resolve().name, self.cluster.wanted["GPU"])
         return self.cluster.start(
             str(self.sweep.path.resolve()), _begun(task, self.notebook, self.swept), task.asked, session=self.cluster.session,
             takes_out="out" in self.notebook.parameters, cwd=os.getcwd(), environment=environment, package=package_code(),
@@ -319,10 +338,7 @@ class Workers:
 
     def _note(self, task: Task, result: dict | str) -> None:
         "Take down how a task ended, or queue it again."
-        known = self.sweep.record(task.name)
-        if isinstance(result, str) and known["status"] not in ENDED:  # else it ended, and only the news of it were lost
-            known = _begun(task, self.notebook, self.swept) | known | {"status": "died", "error": result, "attempts": lost(known)}
-        record = dict(known if isinstance(result, str) else result)
+        record = _heard(result, self.sweep.record(task.name), _begun(task, self.notebook, self.swept))
         if record["status"] == "refused":  # by a machine that would refuse all
             raise SweepError(record["error"])
         called = self._called.pop(task.name, "")

@@ -481,11 +481,11 @@ def result(
             return f"{name} = {' to '.join(dict.fromkeys(f'{number:.3g}' for number in (min(numbers), max(numbers))))}"
     return ""
 
-# %% ../../nbs/lab/sweep_views.ipynb #60462c8f
+# %% ../../nbs/lab/sweep_views.ipynb #97e585dd
 STYLES = {"finished": "cyan", "diverged": "magenta", "failed": "red", "running": "yellow"}  # others are grey
 LAST = 8  # tasks that ended, of which a terminal shows a line each
 
-
+# %% ../../nbs/lab/sweep_views.ipynb #d4a6d809
 class Live(Lines):
     "A view of a sweep in a terminal: a bar that grows, and a table of the tasks that ended last."
 
@@ -563,7 +563,7 @@ class Live(Lines):
             table.add_row(*(Text(word, style, overflow="ellipsis", no_wrap=True) for word, style in zip(words, styles)))
         return table
 
-
+# %% ../../nbs/lab/sweep_views.ipynb #4fdfeb74
 def live(
     total: int,  # tasks
     done: int = 0,  # of which these were finished before

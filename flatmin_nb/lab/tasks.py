@@ -64,7 +64,7 @@ def whole(record: Any, task: str) -> bool:
     tried = all(isinstance(attempt, dict) and {"host", "pid", "began", "outcome"} <= attempt.keys() for attempt in record["attempts"])
     return named and tried and set(record["swept"]) <= record["args"].keys()
 
-# %% ../../nbs/lab/tasks.ipynb #4428ed47
+# %% ../../nbs/lab/tasks.ipynb #b7384468
 @dataclass(frozen=True)
 class Sweep:
     "The folder of a sweep."
@@ -132,7 +132,7 @@ class Sweep:
         if (self.path / "sweep.json").exists() and (theirs := self.asked()["notebook"]) != notebook.name:
             raise SweepError(f"'{self.path}' holds a sweep of {theirs}; choose another folder for {notebook.name}")
 
-
+# %% ../../nbs/lab/tasks.ipynb #2505239a
 def write_json(path: Path, content: dict) -> None:
     "A file of JSON, whole."
     with written_whole(path) as file:

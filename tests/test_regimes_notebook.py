@@ -22,7 +22,9 @@ def page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     imports = [source for source in sources if source.startswith(("#| export\nfrom", "#| hide"))]
-    wanted = ("#| echo: false\nplt.rcParams", "experiment: str", "PUBLISHED =", "NUMBERS =", "def numbers_of", "def settings_of", "KEPT =", "def draw_point")
+    wanted = ("#| echo: false\nplt.rcParams", "experiment: str", "SLICES =", "NUMBERS =", "def numbers_of", "def settings_of", "KEPT =", "def draw_point")
+
+    assert all(any(source.startswith(start) for source in sources) for start in wanted), "a cell that the page no longer has"
 
     def run(**parameters) -> dict:
         scope: dict = {"__annotations__": {}}
@@ -98,7 +100,7 @@ cells = ["".join(cell["source"]) for cell in json.loads(open({notebook!r}).read(
 scope = {{"__annotations__": {{}}}}
 import flatmin_nb.lab.results as results
 for source in cells:
-    if source.startswith(("#| export\\nfrom", "#| hide", "experiment: str", "PUBLISHED =", "NUMBERS =", "def numbers_of", "def settings_of", "KEPT =")):
+    if source.startswith(("#| export\\nfrom", "#| hide", "experiment: str", "SLICES =", "NUMBERS =", "def numbers_of", "def settings_of", "KEPT =")):
         source = source.partition("table, history = trained()")[0]
         exec(source, scope)
         if source.startswith("experiment: str"):

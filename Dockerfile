@@ -29,16 +29,19 @@ RUN architecture=$(dpkg --print-architecture) \
  && rm "$archive" \
  && ln -s /opt/quarto/bin/quarto /usr/local/bin/quarto
 
-# the one volume: /flatmin/data is FLATMIN_DATA, /flatmin/runs is where runs/ of the project leads
+# the one volume: /flatmin/data is FLATMIN_DATA, the others are where runs/, sweeps/ and searches/ of the project lead
 RUN useradd --create-home --uid 1000 --shell /bin/bash flatmin \
- && install --directory --owner flatmin --group flatmin /flatmin /flatmin/data /flatmin/runs /home/flatmin/flatmin_nb
-USER flatmin
+ && install --directory --owner flatmin --group flatmin /flatmin /flatmin/data /flatmin/runs /flatmin/sweeps /flatmin/searches \
+      /home/flatmin/flatmin_nb
+USER 1000
 WORKDIR /home/flatmin/flatmin_nb
 
+# one thread, as in make run: the small nets are faster so; -e OMP_NUM_THREADS=8 for the larger ones on a CPU
 ENV PATH=/home/flatmin/flatmin_nb/.venv/bin:$PATH \
     FLATMIN_DATA=/flatmin/data \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    OMP_NUM_THREADS=1 \
     PIP_NO_CACHE_DIR=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     DO_NOT_TRACK=1 \
@@ -46,14 +49,18 @@ ENV PATH=/home/flatmin/flatmin_nb/.venv/bin:$PATH \
     WANDB_MODE=disabled \
     WANDB_ERROR_REPORTING=false
 
-# the pinned install, in a layer that changes only when what is installed does
-COPY --chown=flatmin:flatmin Makefile settings.ini setup.py constraints.txt README.md ./
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu leaves CUDA out; empty, it is as if it were not there
+ARG PIP_EXTRA_INDEX_URL=
+# the pinned install, in a layer that changes only when what is installed does: the README, which setup.py reads, stays out of it
+COPY --chown=flatmin:flatmin Makefile settings.ini setup.py constraints.txt ./
+COPY --chown=flatmin:flatmin house/install.py house/install.py
 COPY --chown=flatmin:flatmin flatmin_nb/__init__.py flatmin_nb/__init__.py
-RUN make install \
+RUN touch README.md \
+ && make install \
  && jupyter labextension disable "@jupyterlab/apputils-extension:announcements"
 
 COPY --chown=flatmin:flatmin . .
-RUN ln -s /flatmin/runs runs
+RUN ln -s /flatmin/runs /flatmin/sweeps /flatmin/searches .
 
 # .dockerignore leaves .git out, so what the records say of the commit comes from outside; last, as it changes each time
 ARG COMMIT=
@@ -61,6 +68,7 @@ ENV FLATMIN_COMMIT=$COMMIT
 
 VOLUME ["/flatmin"]
 EXPOSE 8888
-ENTRYPOINT ["tini", "--"]
-# Jupyter makes a token and prints the address with it; set JUPYTER_TOKEN to choose one
-CMD ["jupyter", "lab", "--ip=0.0.0.0", "--port=8888", "--no-browser", "--ServerApp.root_dir=/home/flatmin/flatmin_nb"]
+ENTRYPOINT ["tini", "--", "bash", "/home/flatmin/flatmin_nb/house/enter.sh"]
+# Jupyter makes a token and prints the address with it; set JUPYTER_TOKEN to choose one. No port but 8888 leads out, so it tries no other
+CMD ["jupyter", "lab", "--ip=0.0.0.0", "--port=8888", "--ServerApp.port_retries=0", "--no-browser", \
+     "--ServerApp.root_dir=/home/flatmin/flatmin_nb", "--LabApp.default_url=/lab/tree/nbs/00_tour.ipynb"]

@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install run test lab docs diary clean
+.PHONY: help install run test lab docs figures diary clean
 
 PYTHON ?=                    # the interpreter that .venv is made with; empty: the first of CANDIDATES that will do
 CANDIDATES := python3 python3.13 python3.12 python3.11
@@ -23,8 +23,9 @@ INPUTS := $(shell find nbs flatmin_nb tests benchmarks house results .github .ci
 help:
 	@echo "make run    Entropy-SGD and its baselines on real images: runs/$(NOTEBOOK).ipynb and a summary"
 	@echo "make test   every check: clean and exported notebooks, the notebooks themselves, the site's pages, tests/"
-	@echo "make lab    Jupyter Lab on the notebooks"
+	@echo "make lab    Jupyter Lab, on the tour (OPTIONS=--no-browser: any options of Jupyter Lab)"
 	@echo "make docs   the site, in _docs/ (needs Quarto)"
+	@echo "make figures  the committed outputs of pages that are stale, the pictures and the README's table (PAGES=--all, or names)"
 	@echo "make diary  a new entry of the lab diary, from its template: make diary TITLE='What does the warm-up change?'"
 	@echo "make clean  takes away what make made, but for runs/"
 	@echo "PYTHON=/path/to/python3.12 names the Python of .venv; make -B TARGET does it again though nothing has changed"
@@ -32,6 +33,9 @@ help:
 # ---- the environment -------------------------------------------------------------------------------------------------
 
 .venv/made.stamp:
+	@if [ ! -w . ] || [ -e .venv -a ! -w .venv ]; then \
+	  echo "flatmin_nb is installed into .venv of its own folder, and $(CURDIR) cannot be written: copy or clone it to a folder of your own" >&2; exit 1; \
+	fi
 	@if ! $(BIN)/python -c 'import pip, sys; $(PINNED)' 2>/dev/null; then \
 	  found=; for candidate in $(or $(strip $(PYTHON)),$(CANDIDATES)); do \
 	    if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
@@ -39,15 +43,13 @@ help:
 	  if [ -z "$$found" ]; then \
 	    echo "flatmin_nb needs Python 3.11, 3.12 or 3.13 with its venv module; tried in vain: $(or $(strip $(PYTHON)),$(CANDIDATES)); install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
-	  "$$found" -m venv --clear .venv; \
+	  "$$found" -m venv --clear .venv >.venv.part 2>&1 || { echo "$$found could not make .venv: $$(tail -n 1 .venv.part)" >&2; rm -f .venv.part; exit 1; }; \
+	  rm -f .venv.part; \
 	fi
 	@touch $@
 
 .venv/installed.stamp: .venv/made.stamp settings.ini setup.py constraints.txt
-	@echo "installing what settings.ini asks for at the versions of constraints.txt (the first time 6 GB and a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
-	@$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev]' \
-	  | { grep -v '^Requirement already satisfied' || true; }
+	@$(BIN)/python house/install.py
 	@touch $@
 
 install: .venv/installed.stamp
@@ -80,7 +82,7 @@ run: runs/$(NOTEBOOK)/summary.txt
 TESTED := .venv/tested$(shell echo "$(FLATMIN_DATA)" | cksum | cut -d' ' -f1).stamp
 
 # the list of the inputs is an input too: a notebook taken away is a change
-$(shell [ ! -d .venv ] || echo "$(sort $(INPUTS))" | cmp --silent - .venv/inputs.txt || echo "$(sort $(INPUTS))" > .venv/inputs.txt)
+$(shell [ ! -d .venv ] || echo "$(sort $(INPUTS))" 2>/dev/null | cmp --silent - .venv/inputs.txt || echo "$(sort $(INPUTS))" > .venv/inputs.txt)
 
 $(TESTED): $(INPUTS) $(wildcard .venv/inputs.txt) .venv/installed.stamp
 	@$(BIN)/python house/check.py
@@ -90,8 +92,14 @@ test: $(TESTED)
 
 # ---- reading and publishing ------------------------------------------------------------------------------------------
 
+# the address that is printed leads to the tour, too; a port that is taken is not the end: Jupyter tries the next ones
+OPTIONS :=                   # of Jupyter Lab, as --no-browser or --port=8899
+LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb
 lab: .venv/installed.stamp
-	@$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+	@if [ "$$(id -u)" = 0 ] && [[ "$(OPTIONS)" != *--allow-root* ]]; then \
+	  echo "make lab: Jupyter Lab gives whoever reaches it your rights, so it refuses to run as root: be another user, or, in a container, make lab OPTIONS=--allow-root" >&2; exit 1; \
+	fi
+	@$(LAB) $(OPTIONS)
 
 _docs/index.html: $(INPUTS) .venv/installed.stamp
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9.38 on the PATH: https://quarto.org/docs/download/ (the container of the Dockerfile has it)" >&2; exit 1; }
@@ -99,6 +107,10 @@ _docs/index.html: $(INPUTS) .venv/installed.stamp
 	@touch $@
 
 docs: _docs/index.html
+
+PAGES :=                     # for make figures: --all, or names as in PAGES='02_entropy_sgd lab/curvature', stale or not
+figures: .venv/installed.stamp
+	@$(BIN)/python house/figures.py $(PAGES)
 
 # the title reaches Python through the environment, as it was given: neither make nor the shell reads it
 diary: override export TITLE := $(value TITLE)

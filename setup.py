@@ -1,4 +1,5 @@
 """Everything is in settings.ini; this file hands it to setuptools."""
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,6 +9,9 @@ here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 config = settings["DEFAULT"]
+
+if sys.version_info < tuple(map(int, config["min_python"].split("."))):  # before pip looks for releases that there are none of
+    sys.exit("flatmin_nb needs Python {} or later, and this is {}.{}".format(config["min_python"], *sys.version_info))
 
 setup(
     name=config["lib_name"],

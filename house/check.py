@@ -15,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "sweeps", "wandb", "_proc", "_docs", "build", "__pycache__",
                                     ".ipynb_checkpoints", "*.egg-info", ".pytest_cache", ".ruff_cache", "nbdev.yml")
-SITE = "from nbdev.quarto import refresh_quarto_yml as settings; from nbdev.serve import proc_nbs; settings(); proc_nbs(n_workers={})"
 
 
 def differences(
@@ -70,7 +69,6 @@ def main(
         check("nbdev_clean", tools / "nbdev_clean", unchanged="nbs")
         check("nbdev_export", tools / "nbdev_export", unchanged="flatmin_nb")
         check("nbdev_test", tools / "nbdev_test", "--n_workers", str(workers), "--timing", unchanged="nbs")
-        check("site", sys.executable, "-c", SITE.format(workers))
         environment["PYTHONPATH"] = str(ROOT)
         check("pytest", sys.executable, "-m", "pytest", "--quiet", "tests", folder=ROOT)
 

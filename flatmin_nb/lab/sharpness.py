@@ -867,7 +867,8 @@ class Report:
         picture = base64.b64encode(buffer.getvalue()).decode()
         paid = ", ".join(f"{value:,.4g} {name}" for name, value in self.cost.items())
         rows = self.table.to_html(index=False, float_format="{:.4g}".format, na_rep="", border=0)
-        return f'<p>{html.escape(repr(self.objective))}; paid: {paid}</p><img src="data:image/png;base64,{picture}">{rows}'
+        words = "Loss along the top eigenvector and along random directions, the spectrum of the Hessian, and every measure with its error; the table after it has the numbers."
+        return f'<p>{html.escape(repr(self.objective))}; paid: {paid}</p><img alt="{words}" src="data:image/png;base64,{picture}">{rows}'
 
     def to_csv(self, file: Path | str) -> None:
         "Write the table, whole or not at all."

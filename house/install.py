@@ -89,7 +89,7 @@ def main() -> str | None:  # what is wrong, if anything
         except ValueError:
             return f"INSTALL_GB is a number of gigabytes, not {size!r}"
         except FileNotFoundError as error:  # no folder at all can be written for temporary files
-            return f"there is no folder for temporary files ({error.strerror}): make room in /tmp, or name one, TMPDIR=/path"
+            return f"there is no folder for temporary files ({error.strerror}): make room on the disk, or name one, TMPDIR=/path"
         if missing:
             return missing
         print("installing what settings.ini asks for at the versions of constraints.txt (7 GB and a few minutes)", flush=True)

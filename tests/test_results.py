@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.files import FolderError
+from flatmin_nb.lab.files import FolderError, written_whole
 from flatmin_nb.lab.results import Run, commit, histories, load, load_weights
 
 
@@ -48,6 +48,18 @@ def test_a_read_only_folder_for_somebody_who_is_not_root():
         os.waitpid(child, 0)
         told = os.read(reader, 1000).decode()
     assert told == f"FolderError: the run folder '{parent}/run' cannot be written (Permission denied); choose another folder"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("write", [lambda file: torch.save({"weights": torch.zeros(100_000)}, file), lambda file: file.write(bytes(100_000))], ids=["torch", "bytes"])
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(write, tmp_path):
+    "torch.save hides it behind an error of its own."
+    (tmp_path / "model.pt").write_bytes(b"the old one")
+    (tmp_path / "model.pt.part").symlink_to("/dev/full")
+    with pytest.raises(FolderError) as error, written_whole(tmp_path / "model.pt") as file:
+        write(file)
+    assert "No space left for 'model.pt'" in one_line(error) and str(tmp_path) in one_line(error)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"the old one")]
 
 
 @pytest.mark.parametrize("status", ["finished", "diverged"])

@@ -730,7 +730,7 @@ def note(search: UnderWay) -> None:
 def encoded(
     table: Any,  # with a column for each parameter
     space: Mapping[str, str],  # by parameter: its text
-) -> "np.ndarray":  # a row a trial
+) -> Any:  # an array of numpy, a row a trial
     "Parameters as numbers: logarithms where the scale is one, a column for each value of a choice."
     import numpy as np
 

@@ -1,16 +1,15 @@
 """What `make figures` runs: it makes the committed outputs of the pages anew where something that they come from has changed.
 
 `figures.py` executes the stale pages, `figures.py --all` all of them, `figures.py 02_entropy_sgd lab/curvature` these, stale or not.
-Then it makes nbs/images/ and the README's table of claims from what is committed. Each page carries a digest of every part
-that its outputs come from, in its metadata under `outputs_of`; a page is stale where one of them is another now. The parts:
+Then it makes nbs/images/ and the README's table of claims from what is committed. A page's metadata has two digests under `outputs_of`:
+of the outputs, so that those of a run by hand, with other data perhaps, do not pass for these; and of what they come from, which is
 
 - the code of its cells, but for those marked `#| eval: false`, which are not executed here either and have no outputs;
-- the modules of the package that it imports, names in a string, or that these import, wherever the import stands;
-- the files of results/ that it or its modules name, and the notebooks that its cells name;
-- the outputs themselves, so that those of a run by hand, with other data perhaps, do not pass for these.
+- the notebooks that its cells name, to read or to run, text and all;
+- the modules of the package that any of these imports, wherever the import stands, or names in a string, and those that they import;
+- the files of results/ that any of these names.
 
-Of code, comments, docstrings and formatting do not count. The versions of Python and of the libraries are not a part: `--all` after
-a change of constraints.txt.
+Comments, docstrings and formatting do not count, nor do the versions of Python and libraries: `--all` after a change of constraints.txt.
 """
 import ast
 import base64
@@ -24,10 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+
+import nbformat
+import psutil
+from execnb.nbio import nb2str
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "outputs_of"  # the key of the metadata; settings.ini allows it, or nbdev_clean would take it away
@@ -35,27 +45,22 @@ LIMIT = 600  # seconds that a page may take
 HEAVIEST = 1_500_000  # bytes of a page
 WIDTH = 480  # pixels of a thumbnail
 WIDGET = "application/vnd.jupyter.widget-view+json"
+HOST = socket.gethostname().partition(".")[0]  # one that is a plain word would be found everywhere
+HERE = tuple(name for name in (HOST, str(ROOT), str(Path.home()), sys.prefix) if len(name) > 5 and not name.isalpha())
 CLAIMS = re.compile(r"(<!-- claims: begin -->\n).*?(<!-- claims: end -->)", re.DOTALL)
 
 
-def pages(
-    root: Path = ROOT,  # the project
-) -> list[Path]:  # the notebooks of nbs/
-    "Every page there is."
-    return sorted(path for path in (root / "nbs").rglob("*.ipynb") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+def pages() -> list[Path]:
+    "The notebooks of nbs/."
+    return sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
 
 
-def named(
-    page: Path,
-    root: Path = ROOT,
-) -> str:  # 'lab/curvature'
+def named(page: Path) -> str:  # 'lab/curvature'
     "A page by the name that it is asked for with."
-    return page.relative_to(root / "nbs").with_suffix("").as_posix()
+    return page.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
-def read(
-    page: Path,
-) -> dict:
+def read(page: Path) -> dict:
     "A notebook. One that cannot be read ends everything, in one line."
     try:
         return json.loads(page.read_text(encoding="utf-8"))
@@ -63,12 +68,22 @@ def read(
         sys.exit(f"{page.name} is no notebook: {error}; was a merge left half done?")
 
 
-# ---- what outputs come from ------------------------------------------------------------------------------------------
+def source_of(cell: dict) -> str:
+    return "".join(cell["source"])
 
-def shape(
-    node: object,  # of a syntax tree: a node, a list of nodes, or a value
-) -> str:
-    "The code as text without comments and formatting. Unlike ast.dump and ast.unparse, the same in each version of Python."
+
+def executed(cell: dict) -> bool:
+    "Whether a cell is executed when outputs are made."
+    return cell["cell_type"] == "code" and not re.search(r"^#\|\s*eval:\s*false\s*$", source_of(cell), re.MULTILINE)
+
+
+# ---- what outputs come from; in the hash of lab.notebooks every comment and the whole package count --------------------
+def digest(what: object) -> str:  # what has the same repr everywhere: texts, bytes, and lists of them
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+
+
+def shape(node: object) -> str:  # a node of a syntax tree, a list of nodes, or a value
+    "Code as text without comments and formatting. Unlike ast.dump and ast.unparse, the same in each version of Python."
     if isinstance(node, list):
         return f"[{', '.join(map(shape, node))}]"
     if not isinstance(node, ast.AST):
@@ -80,154 +95,94 @@ def shape(
     return f"{type(node).__name__}({', '.join(f'{name}={shape(value)}' for name, value in fields.items() if value not in (None, []))})"
 
 
-@lru_cache(maxsize=None)
-def code(
-    source: str,  # of a module or of a cell
-    cell: bool,
-) -> ast.Module:  # without docstrings and the number of the package's version
-    "The syntax tree of some code. What is no Python, a cell of bash say, is one string in it."
-    def magic(match):
-        return f"{match[1]}magic({match[2]!r})"
-    for text in (source, re.sub(r"^([ \t]*)([%!].*)", magic, source, flags=re.MULTILINE), f"magic({source!r})"):
-        try:
-            tree = ast.parse(text)
-            break
-        except SyntaxError:
-            continue
+def code(source: str, cell: bool) -> ast.Module:
+    "The syntax tree of a cell, or else of a module, without docstrings."
+    try:
+        tree = ast.parse(TransformerManager().transform_cell(source) if cell else source)
+    except SyntaxError:  # of somebody who is not done yet
+        tree = ast.parse(repr(source))
     if cell and source.rstrip().endswith(";"):  # IPython shows nothing then, and the tree does not know it
         tree.body.append(ast.Expr(ast.Constant(";")))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, *([] if cell else [ast.Module]))  # a string at a cell's end is an output
     for node in ast.walk(tree):
-        # a string that stands alone at the end of a cell is an output
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef) if cell else (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-            if ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__")]
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
     return tree
 
 
-def executed(
-    cell: dict,
-) -> bool:
-    "Whether a cell is executed when outputs are made."
-    return cell["cell_type"] == "code" and not re.search(r"^#\|\s*eval:\s*false\s*$", "".join(cell["source"]), re.MULTILINE)
-
-
-@lru_cache(maxsize=None)
-def words(
-    tree: ast.Module,
-) -> frozenset[str]:  # each f-string with a * for each of its values
-    "The strings in some code."
-    found = set()
+@cache
+def facts(source: str, cell: bool, package: tuple[str, ...] = ()) -> tuple[str, set[str], set[Path]]:
+    "The digest of a cell, or of a module of a package; its strings, a * for each value in them; the modules that it imports or names."
+    tree, strings, names = code(source, cell), set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):  # else it would match everything
-            found.add("".join(part.value if isinstance(part, ast.Constant) else "*" for part in node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return frozenset(found)
-
-
-@lru_cache(maxsize=None)
-def imported(
-    tree: ast.Module,
-    package: tuple[str, ...],  # that the code stands in, for relative imports; empty for a page
-    root: Path,
-) -> frozenset[Path]:
-    "The modules of the package that some code imports, in functions too, or names in a string."
-    names = {name for text in words(tree) for name in re.findall(r"\bflatmin_nb(?:\.\w+)*", text)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+        elif isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):  # else it would match everything
+            strings.add("".join(part.value if isinstance(part, ast.Constant) else "*" for part in node.values))
+        elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) + 1 - node.level] if node.level else ()
-            start = ".".join([*above, *filter(None, [node.module])])
+            start = ".".join([*(package[:len(package) + 1 - node.level] if node.level else ()), *filter(None, [node.module])])
             names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
-    found = set()
-    for steps in (name.split(".") for name in names if name.split(".")[0] == "flatmin_nb"):
-        for end in range(1, len(steps) + 1):  # a.b.c runs a and a.b first
-            path = root.joinpath(*steps[:end])
-            found |= {file for file in (path / "__init__.py", path.with_name(f"{path.name}.py")) if file.is_file()}
-    return frozenset(found)
+    names |= {name for text in strings for name in re.findall(r"\bflatmin_nb(?:\.\w+)*", text)}
+    steps = [name.split(".") for name in names if name.split(".")[0] == "flatmin_nb"]
+    starts = {ROOT.joinpath(*step[:end]) for step in steps for end in range(1, len(step) + 1)}  # a.b.c runs a and a.b first
+    files = {file for path in starts for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()}
+    files -= {ROOT / "flatmin_nb/__init__.py"}  # it holds the version, of no importance here
+    return digest(shape(tree)) if tree.body else "", strings, files
 
 
-def tables(
-    strings: frozenset[str],  # of some code
-    root: Path,
-) -> set[Path]:
+def tables(strings: set[str]) -> set[Path]:
     "The files of results/ that some code names; all of them where it speaks of results/ and names none."
     strings = {text for text in strings if "\n" not in text}
     if not any(re.search(r"(^|/)results(/|$)", text) for text in strings):
         return set()
-    there = {path for path in (root / "results").rglob("*") if path.suffix in {".csv", ".json"}}
+    there = {path for path in (ROOT / "results").rglob("*") if path.is_file() and path.name[0] != "." and path.suffix not in {".md", ".py", ".pyc"}}
     patterns = {re.sub(r"^.*\bresults/|^\W*/", "", text) for text in strings}
     patterns = {pattern for pattern in patterns if re.search(r"\w\w\w", pattern)}  # no '**' of Markdown
-    names = {path: (path.relative_to(root / "results").as_posix(), path.name, path.stem) for path in there}
-    return {path for path in there if any(fnmatchcase(name, pattern) for name in names[path] for pattern in patterns)} or there
+    names = [(path, name) for path in there for name in (path.relative_to(ROOT / "results").as_posix(), path.name, path.stem)]
+    return {path for path, name in names if any(fnmatchcase(name, pattern) for pattern in patterns)} or there
 
 
-def digest(
-    *texts: str,
-) -> str:
-    "Eight hexadecimal digits."
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
-
-
-@lru_cache(maxsize=None)
-def fingerprint(
-    tree: ast.Module,
-) -> str:
-    "The digest of some code."
-    return digest(shape(tree))
-
-
-def outputs_of(
-    notebook: dict,
-) -> str:
-    "The outputs as text, however their lines are kept."
-    whole = [{key: "".join(value) if isinstance(value, list) else value for key, value in (output | output.get("data", {})).items()
-              if key not in {"data", "metadata", "execution_count"}} for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    return json.dumps(whole, sort_keys=True)
-
-
-def parts(
-    page: Path,
-    notebook: dict,  # what stands in it
-    root: Path = ROOT,
-) -> dict[str, str]:  # what a part is called -> its digest
-    "Everything that the outputs of a page come from, and the outputs."
-    cells = [code("".join(cell["source"]), True) for cell in notebook["cells"] if executed(cell)]
-    strings = frozenset().union(*(words(tree) for tree in cells))
-    modules, files = {}, tables(strings, root)
-    waiting = set().union(*(imported(tree, (), root) for tree in cells))
+def parts(page: Path) -> dict[str, str]:  # path -> digest
+    "Everything that the outputs of a page come from."
+    found, waiting = {}, {page}
     while waiting:
         path = waiting.pop()
-        modules[path] = code(path.read_text(encoding="utf-8"), False)
-        waiting |= imported(modules[path], path.relative_to(root).parts[:-1], root) - modules.keys()
-        files |= tables(words(modules[path]), root)
-    found = {"its code": digest(*(fingerprint(tree) for tree in cells if tree.body))}
-    found |= {path.relative_to(root).as_posix(): fingerprint(tree) for path, tree in modules.items() if tree.body}
-    found |= {path.relative_to(root).as_posix(): digest(path.read_text(encoding="utf-8")) for path in files}
-    names = {text.rpartition("/")[2] for text in strings if text.endswith(".ipynb")}
-    for other in pages(root):  # read as a table is, text and all
-        if other != page and any(fnmatchcase(other.name, name) for name in names):
-            content = read(other)["cells"]
-            found[other.relative_to(root).as_posix()] = digest(*("".join(cell["source"]) for cell in content))
-    return dict(sorted(found.items())) | {"its outputs": digest(outputs_of(notebook))}
+        if module := path.suffix == ".py":
+            known = [facts(path.read_text(encoding="utf-8"), False, path.relative_to(ROOT).parts[:-1])]
+        else:
+            cells = read(path)["cells"]
+            known = [facts(source_of(cell), True) for cell in cells if executed(cell)]
+        found[path] = digest([code for code, _, _ in known if code] if module or path == page else [*map(source_of, cells)])
+        strings = {text for _, texts, _ in known for text in texts}
+        found |= {table: digest(table.read_bytes()) for table in tables(strings)}
+        names = set() if module else {text.rpartition("/")[2] for text in strings if text.endswith(".ipynb")}
+        waiting |= {other for other in pages() if any(fnmatchcase(other.name, name) for name in names)}
+        waiting = waiting.union(*(files for _, _, files in known)) - found.keys()
+    return {path.relative_to(ROOT).as_posix(): found[path] for path in sorted(found)}
 
 
-def stale(
-    page: Path,
-    root: Path = ROOT,
-) -> list[str]:  # what has changed since the outputs were made; empty: they are fresh
+def sources_of(page: Path) -> str:  # a digest
+    return digest([*parts(page).items()])
+
+
+def outputs_of(notebook: dict) -> str:  # a digest
+    return digest(json.dumps([cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")], sort_keys=True))
+
+
+def stale(page: Path) -> str:  # empty: it is fresh
     "Why a page has to be executed anew."
     notebook = read(page)
-    made, now = notebook["metadata"].get(STAMP), parts(page, notebook, root)
-    if not isinstance(made, dict):
-        return ["its outputs were not made by make figures"]
-    return [f"{part} changed" for part in sorted(made.keys() | now.keys()) if made.get(part) != now.get(part)]
+    made = notebook["metadata"].get(STAMP, {})
+    if made.keys() != {"sources", "outputs"}:
+        return "its outputs were not made by make figures"
+    if made["sources"] != sources_of(page):
+        return "its code, or a module, a notebook or a table that it reads, changed"
+    return "" if made["outputs"] == outputs_of(notebook) else "its outputs were changed by other means"
 
 
 # ---- what outputs may be ---------------------------------------------------------------------------------------------
-
 UNPRESENTABLE = {
     "the path of a machine": r"(?<![\w.~$}<])/(?:tmp|home|root|Users|work|workspace|mnt|private|var/folders)\b[^\s'\"<]*|\b[A-Za-z]:\\+Users\b[^\s'\"<]*",
     "an escape sequence": r"\x1b\[?[\d;]*\w?",
@@ -238,12 +193,9 @@ UNPRESENTABLE = {
 }
 
 
-def unpresentable(
-    notebook: dict,
-    here: tuple[str, ...] = (),  # what names this machine
-) -> list[str]:  # empty: it can be shown
-    "What is in the outputs that nobody should see."
-    found = [f"state of widgets, {len(json.dumps(notebook['metadata']['widgets']))} bytes of it"] if "widgets" in notebook["metadata"] else []
+def unpresentable(notebook: dict, here: tuple[str, ...] = ()) -> list[str]:  # empty: it can be shown
+    "What is in the outputs that nobody should see, the names of this machine too."
+    found = ["state of widgets"] if "widgets" in notebook["metadata"] else []
     patterns = UNPRESENTABLE | ({"the name of this machine": rf"(?<!\w)(?:{'|'.join(map(re.escape, here))})(?!\w)"} if here else {})
     for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
         if output["output_type"] == "error":
@@ -253,153 +205,82 @@ def unpresentable(
         data = {"text/plain": output.get("text", "")} | output.get("data", {})
         if WIDGET in data:
             found.append("a widget, which the site would ask another host to draw")
-        for text in (value if isinstance(value, str) else "".join(value) if isinstance(value, list) else json.dumps(value)
-                     for kind, value in data.items() if not re.match(r"image/(?!svg)", kind)):
-            text = re.sub(r"base64,[A-Za-z0-9+/=\s]+", "base64,", text)
-            for what, pattern in patterns.items():
-                found += [f"{what}, {match[0]!r}" for match in re.finditer(pattern, text, re.MULTILINE)]
-    size = len(written(notebook).encode())
-    found = list(dict.fromkeys(" ".join(line.split()) for line in found))
-    return found + [f"{size:,} bytes, where {HEAVIEST:,} are the most"] * (size >= HEAVIEST)
-
-
-def this_machine() -> tuple[str, ...]:
-    "What would give this machine away; a host's name that is a plain word would be found everywhere."
-    host = socket.gethostname().partition(".")[0]
-    return tuple(name for name in (host, str(ROOT), str(Path.home()), sys.prefix) if len(name) > 5 and not name.isalpha())
+        for value in (value for kind, value in data.items() if not re.match(r"image/(?!svg)", kind)):
+            text = re.sub(r"base64,[A-Za-z0-9+/=\s]+", "base64,", "".join(value) if isinstance(value, (str, list)) else json.dumps(value))
+            found += [f"{what}, {match[0]!r}" for what, pattern in patterns.items() for match in re.finditer(pattern, text, re.MULTILINE)]
+    if (size := len(nb2str(notebook).encode())) >= HEAVIEST:
+        found.append(f"{size:,} bytes, where {HEAVIEST:,} are the most")
+    return list(dict.fromkeys(" ".join(line.split()) for line in found))
 
 
 # ---- making them -----------------------------------------------------------------------------------------------------
-
-def written(
-    notebook: dict,
-) -> str:
-    "A notebook as nbdev_clean writes it."
-    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-
-
-def cleaned(
-    notebook: dict,
-) -> dict:
-    "What nbdev_clean keeps, and of widgets what can be seen without a kernel: a picture or HTML beside them."
-    from configparser import ConfigParser
-
-    from nbdev.clean import clean_nb
-
-    settings = ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    allowed = settings["DEFAULT"]
-    notebook["metadata"].pop("widgets", None)
-    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
-        for output in cell["outputs"]:
-            if output.get("data", {}).pop(WIDGET, None):
-                output["data"] = output["data"] if output["data"].keys() - {"text/plain"} else {}  # 'VBox(children=(...' says nothing
-        cell["outputs"] = [output for output in cell["outputs"] if output.get("data", True)]
-    clean_nb(notebook, False, allowed["allowed_metadata_keys"].split(), allowed["allowed_cell_metadata_keys"].split())
-    return notebook
-
-
 class Refused(Exception):
     "Why a page keeps its old outputs."
 
 
-class Maker:
-    "Executes pages, several at a time, and can be stopped."
+def cleaned(notebook: dict) -> None:
+    "Keep what nbdev_clean keeps, and of widgets what can be seen without a kernel: a picture or HTML beside them."
+    notebook["metadata"].pop("widgets", None)
+    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):  # 'VBox(children=(...' says nothing
+        cell["outputs"] = [output for output in cell["outputs"] if not {WIDGET} <= output.get("data", {}).keys() <= {WIDGET, "text/plain"}]
+        for output in cell["outputs"]:
+            output.get("data", {}).pop(WIDGET, None)
+    config = get_config(path=ROOT)
+    clean_nb(notebook, False, config.allowed_metadata_keys.split(), config.allowed_cell_metadata_keys.split(), config.clean_ids)
 
-    def __init__(self, scratch: Path):
-        self.clients, self.stopped = [], False
-        (scratch / "data").mkdir()
-        # the default scale: no real data, whatever this machine has; and nothing of the user's that a figure could depend on
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLATMIN_DATA": str(scratch / "data"), "WANDB_MODE": "disabled",
-                            "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "TZ": "UTC", "IPYTHONDIR": str(scratch / "ipython"),
-                            "PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
-    def outputs(
-        self,
-        page: Path,
-        text: str,  # the notebook
-    ) -> list[list[dict]]:  # of each cell
-        "Execute a page in its folder. Raises Refused if a cell does or it takes too long."
-        import nbformat
-        from nbclient import NotebookClient
-        from nbclient.exceptions import CellTimeoutError
+def execute(page: Path, notebook: dict, environment: dict[str, str]) -> None:
+    "Give a notebook its new outputs, made in the folder of its page. Raises Refused if a cell does or it takes too long."
+    # lab.notebooks.execute makes a run of a notebook with parameters: no cell can be left out, and nothing limits the time
+    began, cells = time.monotonic(), [cell for cell in notebook["cells"] if executed(cell)]
+    for cell in notebook["cells"]:
+        cell.update({"outputs": []} if cell["cell_type"] == "code" else {})
+    copy = nbformat.reads(json.dumps(notebook | {"cells": cells}), as_version=4)
+    client = NotebookClient(copy, timeout_func=lambda cell: max(1, LIMIT - (time.monotonic() - began)), coalesce_streams=True,
+                            store_widget_state=False, record_timing=False, resources={"metadata": {"path": str(page.parent)}},
+                            extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+    client.log.disabled = True  # says what is said here
+    try:
+        client.execute(env=environment, stderr=subprocess.DEVNULL)  # what the kernel itself says, not its cells
+    except CellTimeoutError:
+        raise Refused(f"not done after {LIMIT} s") from None
+    except Exception as error:  # of a cell, or a kernel that died or would not start
+        lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+        raise Refused(lines[-1]) from None
+    for cell, new in zip(cells, json.loads(nbformat.writes(copy))["cells"], strict=True):
+        cell["outputs"] = new["outputs"]
 
-        notebook, began = nbformat.reads(text, as_version=4), time.monotonic()
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs = []
-                if not executed(cell):
-                    cell.metadata.tags = ["skip-execution"]
-        client = NotebookClient(notebook, timeout_func=lambda cell: max(1, LIMIT - (time.monotonic() - began)), coalesce_streams=True,
-                                store_widget_state=False, record_timing=False, resources={"metadata": {"path": str(page.parent)}},
-                                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-        client.log.disabled = True  # says what is said here
-        self.clients.append(client)
-        if self.stopped:
-            raise Refused("stopped")
-        try:
-            client.execute(env=self.environment, stderr=subprocess.DEVNULL)  # what the kernel itself says, not its cells
-        except CellTimeoutError:
-            raise Refused(f"not done after {LIMIT} s") from None
-        except Exception as error:  # of a cell, or a kernel that died or would not start
-            lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-            raise Refused(lines[-1]) from None
-        return [cell.get("outputs", []) for cell in json.loads(nbformat.writes(notebook))["cells"]]
 
-    def make(
-        self,
-        page: Path,
-    ) -> str:  # what came of it
-        "Give a page its new outputs, whole or not at all. Raises Refused, and the page is as it was."
-        text, began = page.read_text(encoding="utf-8"), time.monotonic()
-        notebook = json.loads(text)
-        stamp = parts(page, notebook)  # of what is about to be executed, not of what may be edited meanwhile
-        for cell, outputs in zip(notebook["cells"], self.outputs(page, text), strict=True):
-            if cell["cell_type"] == "code":
-                cell["outputs"] = outputs
-        cleaned(notebook)
-        notebook["metadata"][STAMP] = stamp | {"its outputs": digest(outputs_of(notebook))}
-        if found := unpresentable(notebook, this_machine()):
-            raise Refused(f"its outputs hold {'; '.join(found[:3])}")
-        if page.read_text(encoding="utf-8") != text:
-            raise Refused("edited while it ran; once more, please")
-        whole = page.with_name(f".{page.name}.part")
-        try:
-            whole.write_text(written(notebook), encoding="utf-8")
-            os.replace(whole, page)
-        finally:
-            whole.unlink(missing_ok=True)
-        return f"{time.monotonic() - began:.1f} s"
-
-    def stop(self) -> None:
-        "End the kernels; their pages keep what they had."
-        self.stopped = True
-        for client in self.clients:
-            if client.km and client.km.provisioner and client.km.provisioner.process:
-                client.km.provisioner.process.kill()
+def make(page: Path, environment: dict[str, str]) -> float:  # seconds
+    "Give a page its new outputs, whole or not at all. Raises Refused, and the page is as it was."
+    began, text, sources = time.monotonic(), page.read_text(encoding="utf-8"), sources_of(page)  # first: all may be edited while it runs
+    notebook = json.loads(text)
+    execute(page, notebook, environment)
+    cleaned(notebook)
+    notebook["metadata"][STAMP] = {"sources": sources, "outputs": outputs_of(notebook)}
+    if found := unpresentable(notebook, HERE):
+        raise Refused(f"its outputs hold {'; '.join(found[:3])}")
+    if page.read_text(encoding="utf-8") != text:
+        raise Refused("edited while it ran; once more, please")
+    whole = page.with_name(f".{page.name}.part")
+    try:
+        whole.write_text(nb2str(notebook), encoding="utf-8")
+        os.replace(whole, page)
+    finally:
+        whole.unlink(missing_ok=True)
+    return time.monotonic() - began
 
 
 # ---- what is made of them --------------------------------------------------------------------------------------------
-
-def picture(
-    notebook: dict,
-    label: str = "",  # of the cell, `#| label: fig-front`; empty: the first that has one
-) -> bytes | None:  # PNG; None if there is none
-    "A picture out of a notebook's outputs."
-    for cell in notebook["cells"]:
-        if not label or re.search(rf"^#\|\s*label:\s*{label}\s*$", "".join(cell["source"]), re.MULTILINE):
-            for output in cell.get("outputs", []):
-                if "image/png" in output.get("data", {}):
-                    return base64.b64decode("".join(output["data"]["image/png"]))
+def pictures(notebook: dict, label: str = "") -> list[bytes]:  # PNGs
+    "The pictures of a notebook, or of its cell with this label."
+    cells = [cell for cell in notebook["cells"] if not label or re.search(rf"^#\|\s*label:\s*{label}\s*$", source_of(cell), re.MULTILINE)]
+    data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    return [base64.b64decode("".join(kinds["image/png"])) for kinds in data if "image/png" in kinds]
 
 
-def reduced(
-    png: bytes,
-    width: int | None,  # pixels; None: as it is
-) -> bytes:  # PNG
+def reduced(png: bytes, width: int | None) -> bytes:  # PNG; None: as wide as it is
     "A picture on white, made small: in pixels, and in 256 colours where nobody sees it."
-    from PIL import Image, ImageChops, ImageStat
-
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if width and image.width > width:
@@ -411,60 +292,17 @@ def reduced(
     return kept.getvalue()
 
 
-def images(
-    root: Path = ROOT,
-) -> dict[str, bytes]:  # file name -> PNG
+def images() -> dict[str, bytes]:  # file name -> PNG
     "What nbs/images/ holds: a thumbnail of each paper's page and of the tour, and the picture of the front."
     found = {}
-    for page in sorted((root / "nbs").glob("0*_*.ipynb")):
-        notebook = read(page)
-        front = picture(notebook, "fig-front")
-        if first := front or picture(notebook):
-            found[f"{page.stem}.png"] = reduced(first, WIDTH)
-        if front:
-            found["front.png"] = reduced(front, None)
+    for page in sorted((ROOT / "nbs").glob("0*_*.ipynb")):
+        front = pictures(read(page), "fig-front")[:1]
+        found |= {"front.png": reduced(png, None) for png in front}
+        found |= {f"{page.stem}.png": reduced(png, WIDTH) for png in (front or pictures(read(page)))[:1]}
     return found
 
 
-def far(
-    one: bytes,  # PNG
-    other: bytes,  # PNG
-) -> float:  # root mean square of the difference, of 255; infinite if they are of different sizes
-    "How unlike two pictures are. Their bytes may differ though no pixel does, between versions of zlib."
-    from PIL import Image, ImageChops, ImageStat
-
-    first, second = (Image.open(io.BytesIO(png)).convert("RGB") for png in (one, other))
-    return max(ImageStat.Stat(ImageChops.difference(first, second)).rms) if first.size == second.size else float("inf")
-
-
-def derived() -> list[str]:  # what was written
-    "Write nbs/images/ and the README's table of claims where they are not as the pages and the tables have it."
-    folder, done = ROOT / "nbs/images", []
-    new = images()
-    if "front.png" not in new:
-        print("nbs/images/front.png: no page has a picture in a cell labelled fig-front")
-    for name, png in new.items():
-        path = folder / name
-        if not path.exists() or far(path.read_bytes(), png) > 0:
-            folder.mkdir(exist_ok=True)
-            path.write_bytes(png)
-            done.append(f"nbs/images/{name}")
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if CLAIMS.search(before):
-        try:
-            after = claimed(before)
-        except Exception as error:  # a table that is not there, say
-            raise Refused(f"README.md keeps its table of claims: {error}") from None
-        if after != before:
-            readme.write_text(after, encoding="utf-8")
-            done.append("README.md")
-    return done
-
-
-def claimed(
-    readme: str,
-) -> str:
+def claimed(readme: str) -> str:
     "The README with the table of claims as results/ has it now."
     sys.path.insert(0, str(ROOT))
     from flatmin_nb.claims import markdown
@@ -472,50 +310,67 @@ def claimed(
     return CLAIMS.sub(lambda match: f"{match[1]}\n{markdown('nbs/').strip()}\n\n{match[2]}", readme)
 
 
-def main(
-    wanted: list[str],  # names of pages, or --all; empty: those that are stale
-) -> int:  # the exit status
+def derived() -> bool:  # whether all could be made
+    "Write nbs/images/ and the README's table of claims where they are not as the pages and the tables have it."
+    readme, files, trouble = ROOT / "README.md", {ROOT / "nbs/images" / name: png for name, png in images().items()}, None
+    if CLAIMS.search(text := readme.read_text(encoding="utf-8")):
+        try:
+            files[readme] = claimed(text).encode()
+        except Exception as error:  # a table that is not there, say
+            trouble = error
+            print(f"README.md keeps its table of claims: {error}", file=sys.stderr)
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            print(f"written: {path.relative_to(ROOT)}")
+    return trouble is None
+
+
+def make_all(wanted: dict[Path, str]) -> int:  # how many were refused
+    "Make pages, several at a time. The texts say why, and are printed. After Ctrl-C nothing runs any more."
+    refused, cores = 0, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with tempfile.TemporaryDirectory(prefix="flatmin_nb_") as scratch, ThreadPoolExecutor(min(cores, 8)) as pool:
+        # the default scale: an empty folder of data, whatever this machine has; and nothing of the user's that a figure could depend on
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLATMIN_DATA": f"{scratch}/data", "WANDB_MODE": "disabled", "TZ": "UTC",
+                       "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "IPYTHONDIR": f"{scratch}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                       "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        Path(scratch, "data").mkdir()
+        running = {pool.submit(make, page, environment): page for page in wanted}
+        try:
+            for future in as_completed(running):
+                name, reason = named(running[future]), wanted[running[future]]
+                try:
+                    print(f"{name}: {future.result():.1f} s ({reason})", flush=True)
+                except Refused as error:
+                    print(f"{name} keeps its old outputs: {error}", file=sys.stderr, flush=True)
+                    refused += 1
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while wait(running, timeout=0.2).not_done:  # again and again: a kernel may only just be starting
+                for child in psutil.Process().children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+            raise
+    return refused
+
+
+def main(wanted: list[str]) -> int:  # names of pages, or --all; empty: those that are stale -> the exit status
     "Make what is stale, and say so in a line each."
     there = {named(page): page for page in pages()}
     asked = [re.sub(r"^(\./)?nbs/|\.ipynb$", "", name) for name in wanted if name != "--all"]
     if unknown := [name for name in asked if name not in there]:
         print(f"no page '{unknown[0]}'; the pages are {', '.join(there)}", file=sys.stderr)
         return 2
-    reasons = {name: stale(page) for name, page in there.items() if "--all" in wanted or not asked or name in asked}
-    to_do = [name for name in reasons if reasons[name] or wanted]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    failed = []
-
-    with tempfile.TemporaryDirectory(prefix="flatmin_nb_") as scratch:
-        maker = Maker(Path(scratch))
-
-        def made(name):
-            try:
-                print(f"{name}: {maker.make(there[name])} ({', '.join(reasons[name]) or 'asked for'})", flush=True)
-            except Refused as error:
-                if not maker.stopped:
-                    failed.append(name)
-                    print(f"{name} keeps its old outputs: {error}", file=sys.stderr, flush=True)
-
-        with ThreadPoolExecutor(min(cores, 8)) as pool:
-            running = [pool.submit(made, name) for name in to_do]
-            try:
-                for future in running:
-                    future.result()
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                while wait(running, timeout=0.2).not_done:  # a kernel may only just be starting
-                    maker.stop()
-                print("stopped: pages that were not done keep their old outputs", file=sys.stderr)
-                return 130
+    reasons = {page: stale(page) for name, page in there.items() if "--all" in wanted or not asked or name in asked}
+    to_do = {page: reason or "asked for" for page, reason in reasons.items() if reason or wanted}
     try:
-        done, kept = derived(), False
-    except Refused as error:
-        done, kept = [], True
-        print(error, file=sys.stderr)
-    print(f"{len(to_do) - len(failed)} of {len(there)} pages made, {len(failed)} refused, {len(there) - len(to_do)} left as they were"
-          + (f"; written: {', '.join(done)}" if done else ""))
-    return bool(failed or kept)
+        refused = make_all(to_do)
+    except KeyboardInterrupt:
+        print("stopped: pages that were not done keep their old outputs", file=sys.stderr)
+        return 130
+    print(f"{len(to_do) - refused} of {len(there)} pages made, {refused} refused, {len(there) - len(to_do)} left as they were")
+    return int(not derived() or refused > 0)
 
 
 if __name__ == "__main__":

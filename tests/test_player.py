@@ -2,13 +2,15 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
-from flatmin_nb.lab.player import PlayerError, Track, background, embedded, player
+from flatmin_nb.lab.player import CHOOSING, CONTROLS, DRAWING, SCRIPT, PlayerError, Track, background, embedded, player
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -114,14 +116,101 @@ def test_the_background_is_the_figure():
     assert picture.size == (400, 200) and picture.getpixel((300, 100)) == (255, 0, 0) and picture.getpixel((100, 100)) == (255, 255, 255)
 
 
+def test_the_background_keeps_its_margins_whatever_matplotlib_was_told():
+    figure = axes().figure
+    with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.pad_inches": 0.5}):
+        assert Image.open(io.BytesIO(background(figure))).size == (400, 200)
+
+
+def test_the_script_and_the_page_know_the_same_parts():
+    "What the script looks for is there, no piece is missing, and its brackets close."
+    parts = [attributes["data-part"] for tag, attributes in page().elements if "data-part" in attributes]
+    assert len(parts) == len(set(parts)) and set(re.findall(r'one\("(\w+)"\)', SCRIPT)) | {"back", "on"} == set(parts)
+    assert all(piece in SCRIPT for piece in (DRAWING, CHOOSING, CONTROLS))
+    bare = re.sub(r'"[^"\n]*"', "", SCRIPT)
+    assert [bare.count(one) for one in "({["] == [bare.count(one) for one in ")}]"]
+    for called in ("show", "choose", "fill", "stop", "move", "tick", "place", "make", "called"):
+        assert len(re.findall(rf"const {called} = ", SCRIPT)) == 1 and len(re.findall(rf"\b{called}\b", bare)) > 1
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+READER = """<script>
+const seen = {}, root = document.querySelector(".flatmin-player"), part = name => root.querySelector(`[data-part=${name}]`);
+const texts = kind => [...root.querySelectorAll(kind)].map(element => element.textContent);
+const note = name => { seen[name] = {
+  said: part("said").textContent, live: part("said").getAttribute("aria-live"),
+  valuetext: part("step").getAttribute("aria-valuetext"), play: part("play").getAttribute("aria-label"),
+  dots: [...root.querySelectorAll("circle")].map(dot => ["cx", "cy"].map(side => +dot.getAttribute(side))),
+  clouds: root.querySelectorAll("ellipse").length, legend: texts("li"), focus: document.activeElement.dataset.part,
+  ends: ["back", "on"].map(name => part(name).getAttribute("aria-disabled")),
+  boxes: [...root.querySelectorAll("select")].map(box => [...box.options].map(option => option.text)),
+}; };
+const svg = root.querySelector("svg"), captured = [];
+svg.setPointerCapture = id => captured.push(id);
+const pointer = (kind, x, more) => svg.dispatchEvent(new PointerEvent(kind, {clientX: x, isPrimary: true, pointerId: 1, ...more}));
+STEPS
+document.body.innerHTML = ""; document.body.textContent = JSON.stringify({...seen, captured});
+</script>"""
+
+
+def in_a_browser(tmp_path, shown, steps: str) -> dict:
+    "What a reader finds in the page after each step that he notes."
+    (tmp_path / "page.html").write_text(f'<meta charset="utf-8">{shown.html}{READER.replace("STEPS", steps)}')
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *options, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=90)
+    body = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)
+    return json.loads(body[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_in_a_browser(tmp_path):
+    way = [[0, -1], [1, 0], [2, 0], [4, 1]]
+    ball = lambda name: Track(name, way, notes=["one", "two", "three", "four"])
+    settings = {("x", "1"): [ball("a <b>"), ball("b")], ("x", "2"): [ball("c")], ("y", "3"): [Track("d", way[:2], widths=way[2:])]}
+    seen = in_a_browser(tmp_path, player(axes(), settings, knobs=["letter", "number"], about="balls"), """
+    note("at first");
+    part("back").focus(); for (let click = 0; click < 5; click++) part("back").click(); note("back");
+    part("on").click(); note("on");
+    part("step").focus(); part("step").value = 2; part("step").dispatchEvent(new Event("input")); note("slider");
+    pointer("pointerdown", 0, {button: 2}); pointer("pointermove", 4000, {buttons: 2}); pointer("pointerup", 0); note("second button");
+    pointer("pointerdown", 100, {button: 0}); pointer("pointermove", -9000, {buttons: 1}); pointer("pointerup", 0);
+    pointer("pointermove", 9000); note("drawn");
+    part("play").focus(); part("play").click(); note("playing"); part("play").click(); note("paused");
+    const [letter, number] = root.querySelectorAll("select");
+    number.value = "2"; number.dispatchEvent(new Event("change")); note("second");
+    letter.value = "y"; letter.dispatchEvent(new Event("change")); note("other letter");
+    """)
+    whole = [[0, 200], [100, 100], [200, 100], [400, 0]]
+    spots = {name: one["dots"] for name, one in seen.items() if name != "captured"}
+    assert spots["at first"] == [whole[3]] * 2 and seen["at first"]["legend"] == ["a <b>: four", "b: four"]
+    assert seen["at first"]["boxes"] == [["x", "y"], ["1", "2"]] and seen["at first"]["ends"] == ["false", "true"]
+    assert spots["back"] == [whole[0]] * 2 and seen["back"]["ends"] == ["true", "false"] and seen["back"]["focus"] == "back"  # not lost
+    assert spots["on"] == [whole[1]] * 2 and (seen["on"]["said"], seen["on"]["live"]) == ("step 1 of 3", "polite")
+    assert spots["slider"] == [whole[2]] * 2
+    assert (seen["slider"]["valuetext"], seen["slider"]["live"]) == ("step 2 of 3", "off")  # said once
+    assert spots["second button"] == spots["slider"] and spots["drawn"] == [whole[0]] * 2 and seen["captured"] == [1]
+    assert [(seen[name]["play"], seen[name]["live"]) for name in ("playing", "paused")] == [("pause", "off"), ("play", "polite")]
+    assert seen["second"]["legend"] == ["c: one"] and seen["other letter"]["boxes"] == [["x", "y"], ["3"]]
+    assert seen["other letter"]["legend"] == ["d"] and seen["other letter"]["clouds"] == 1 and spots["other letter"] == [whole[0]]
+
+
 @pytest.mark.parametrize("settings, options, words", [
     ({}, {}, "must hold at least one"),
     ({"a": []}, {}, "'a' has no tracks"),
     ({"a": [Track("b", [[0, 0]])]}, {"knobs": ["c", "d"]}, "1 labels and there are 2 knobs (c, d)"),
     ({1: [Track("b", [[0, 0]])], "1": [Track("b", [[0, 0]])]}, {"knobs": ["c"]}, "labels of its own"),
     ({"a": [Track("b", [[0, 0]]), Track("c", [[0, 0], [1, 1]])]}, {}, "'c': it has 2 frames and the tracks beside it 1"),
-    ({"a": [Track("b", [[0, 0], [np.inf, 0]])]}, {}, "frame 1 is not finite"),
+    ({"a": [Track("b", [[0, 0], [np.inf, 0]])]}, {}, "positions of frame 1 are not finite"),
     ({"a": [Track("b", [0, 0])]}, {}, "shape [frames, 2]; got [2]"),
+    ({"a": [Track("b", 3.0)]}, {}, "shape [frames, 2]; got []"),
+    ({"a": [Track("b", None)]}, {}, "track 'b': positions must"),
+    ({"a": [Track("b", [[0, 0], [1]])]}, {}, "track 'b': positions must be numbers"),
+    ({"a": [Track("b", [[0, 0]], widths=[[np.nan, 1]])]}, {}, "widths of frame 0 are not finite"),
+    ({"a": [Track("b", [[0, 0]], widths=[[-1, 1]])]}, {}, "none negative"),
+    ({"a": [Track("b", [[0, 0]], widths=[1])]}, {}, "widths must have the shape"),
+    ({"a": [Track("b", [[0, 0]], widths=[[1, 1], [1, 1]])]}, {}, "widths must be 1 pairs"),
+    ({"a": [Track("b", [[0, 0]], colour="mauvish")]}, {}, "'mauvish' is no colour of matplotlib"),
+    ({"a": [Track("b", [[0, 0]])]}, {"knobs": "kind"}, "the text 'kind'; write ['kind']"),
     ({"a": [Track("b", [[0, 0]], notes=["x", "y"])]}, {}, "2 notes for 1 frames"),
     ({"a": [Track("b", [[0, 0]])]}, {"limit": 500}, "more than limit = 500"),
 ])  # fmt: skip
@@ -129,6 +218,13 @@ def test_what_cannot_be_shown_is_said_in_one_line(settings, options, words):
     with pytest.raises(PlayerError) as caught:
         player(axes(), settings, **{"about": "x"} | options)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [[0, 1], [1, -3], [0.0, 0.0]])
+def test_a_logarithmic_axis_has_no_zero(place):
+    with pytest.raises(PlayerError, match="track 'b': .* axis, whose scale is log; leave those frames out") as caught:
+        player(axes(xscale="log", yscale="log", xlim=(1, 100), ylim=(1, 100)), {"a": [Track("b", [[1, 1], place])]}, about="x")
+    assert "\n" not in str(caught.value)
 
 
 def test_importing_it_loads_neither_matplotlib_nor_torch():

@@ -1,11 +1,14 @@
-"""The site as far as it can be tested without Quarto: what nbdev makes of the notebooks, its links, weights and pictures, and that no page asks another host for anything."""
-import ast
+"""The site as far as it can be tested without Quarto: what nbdev makes of the notebooks, its links and pictures, and that no page asks another host for anything."""
+import html
+import importlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,11 +80,9 @@ def test_every_page_is_made_and_so_is_what_the_settings_name(site):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_has_a_title_a_description_and_no_great_weight(site, page):
-    notebook = site / page
-    facts = yaml.safe_load(joined(cells_of(notebook)[0]["source"]).strip().strip("-"))
+def test_a_page_has_a_title_and_a_description(site, page):
+    facts = yaml.safe_load(joined(cells_of(site / page)[0]["source"]).strip().strip("-"))
     assert facts["title"] and facts["description"]
-    assert notebook.stat().st_size < 1_500_000
 
 
 # ---- links ----
@@ -193,9 +194,12 @@ def test_a_page_loads_nothing_from_another_host(site, page):
 
 
 def test_the_settings_and_style_sheets_load_nothing_from_another_host():
-    html = SETTINGS["format"]["html"]
-    assert html["html-math-method"] == "mathml" and set(html["theme"]) == {"light", "dark"}
-    assert "default-src 'self'" in html["include-in-header"][0]["text"]
+    settings = SETTINGS["format"]["html"]
+    assert settings["html-math-method"] == "mathml" and set(settings["theme"]) == {"light", "dark"}
+    policy = re.fullmatch(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', settings["include-in-header"][0]["text"].strip())[1]
+    directives = {name: set(sources) for name, *sources in (directive.split() for directive in policy.split(";"))}
+    beside_or_in_it = {"'self'", "file:", "data:", "blob:", "'unsafe-inline'"}  # file: for who opens the pages from a disk
+    assert directives == {"default-src": beside_or_in_it} | dict.fromkeys(["base-uri", "form-action", "object-src"], {"'none'"})
     for path in (ROOT / "_quarto.yml", *(ROOT / "nbs").glob("*.scss"), *(ROOT / "nbs").rglob("*.svg")):
         assert requests(path.read_text(encoding="utf-8")) == [], path
 
@@ -219,23 +223,30 @@ def test_the_diary_is_a_listing_and_its_entries_have_what_it_shows(site):
 
 
 @pytest.mark.skipif(not shutil.which("pandoc"), reason="needs Pandoc, which comes with Quarto")
-@pytest.mark.parametrize("page", PAGES)
-def test_every_equation_becomes_mathml(site, page):
-    done = subprocess.run(["pandoc", "--from=markdown", "--to=html", "--mathml"], input=text_of(site / page), capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr[:500]
-    assert "\\" not in re.sub(r"<(code|pre|annotation|style|script)\b.*?</\1>|<[^>]*>", "", done.stdout, flags=re.S)
+def test_every_equation_becomes_mathml(site):
+    for page in PAGES:
+        done = subprocess.run(["pandoc", "--from=markdown", "--to=html", "--mathml"], input=text_of(site / page), capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, f"{page}: {done.stderr[:500]}"
+        # TeX that Pandoc did not understand stands on the page as it was written, between dollars; the annotations of MathML keep it too
+        read = re.sub(r"<(code|pre|annotation|style|script)\b.*?</\1>|<[^>]*>", "", done.stdout, flags=re.S)
+        assert "\\" not in read, f"{page}: {read[max(0, read.find(chr(92)) - 40):][:80]}"
+
+
+def arguments(thing: type | Callable) -> list[str]:  # with the stars of *args and **options
+    "What can be given to a function or a class, by Python itself."
+    made_by = (thing.__new__ if issubclass(thing, tuple) else thing.__init__) if isinstance(thing, type) else thing
+    names = [str(one.replace(annotation=one.empty, default=one.empty)) for one in inspect.signature(made_by).parameters.values()]
+    names = names[isinstance(thing, type):]
+    return [] if isinstance(thing, type) and names == ["*args", "**kwargs"] else names  # of Python's and PyTorch's own: they say nothing
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT / "flatmin_nb")))
-def test_every_public_function_has_its_table_of_arguments(site, module):
-    source = module.read_text(encoding="utf-8")
-    body = ast.parse(source).body
-    public = next(ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
-    page = site / re.search(r"File to edit: (?:\.\./)*nbs/(.+\.ipynb)", source)[1]
-    shown = [joined(data["text/markdown"]) for cell in cells_of(page) for data in data_of(cell) if "text/markdown" in data]
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public:
-            text = next(text for text in shown if f"### {node.name}\n" in text)
-            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)] if isinstance(node, ast.FunctionDef) else []
-            rows = re.findall(r"^\| <code>(?:&#42;)*(.+?)</code> \| ", text, re.M)
-            assert [row.replace("&#95;", "_") for row in rows if "*" not in row][: len(names)] == names or set(names) <= {row.replace("&#95;", "_") for row in rows}, node.name
+def test_every_function_and_class_has_its_table_of_arguments(site, module):
+    page = site / re.search(r"File to edit: (?:\.\./)*nbs/(.+\.ipynb)", module.read_text(encoding="utf-8"))[1]
+    texts = [joined(data["text/markdown"]) for cell in cells_of(page) for data in data_of(cell) if "text/markdown" in data]
+    shown = {found[1]: found[2] for text in texts if (found := re.match(r"---\n\n### (\w+)\n(.*)", text, re.S))}
+    code = importlib.import_module(".".join(module.relative_to(ROOT).with_suffix("").parts))
+    for name, thing in ((name, getattr(code, name)) for name in code.__all__):
+        if (inspect.isclass(thing) or inspect.isfunction(inspect.unwrap(thing))) and thing.__module__ == code.__name__ and thing.__name__ == name:
+            table = re.search(r'<div class="parameters">(.*?)</div>|$', shown[name], re.S)[1] or ""
+            assert [html.unescape(row) for row in re.findall(r"^\| <code>(.+?)</code> \| ", table, re.M)] == arguments(thing), name

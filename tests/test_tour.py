@@ -16,7 +16,7 @@ from flatmin_nb.smoothout import SAM, SmoothOut
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "00_tour.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
-WANTED = ("def numbers", "class Model", "def walk(", "LENGTH = 1", "def sgd(", "def smoothout(", "def nudged_sgd(", "def believe", "METHODS =", "def f(", "m, s, c =", "def smoothed", "def local_entropy")
+WANTED = ("def numbers", "class Model", "def walk(", "LENGTH = 1", "def sgd(", "def smoothout(", "def nudged_sgd(", "def believe", "METHODS =", "def f(", "m, s, c =", "def smoothed", "def local_entropy", "def minima_of", "line =", "def threshold", "def settles")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,37 @@ def test_smoothing_against_quadrature(tour, a):
     for order in (1, 2):
         below, above = (tour.smoothed(w + step, a, order - 1) for step in (-1e-5, 1e-5))
         np.testing.assert_allclose(tour.smoothed(w, a, order), (above - below) / 2e-5, atol=1e-6)
+
+
+def test_smoothing_in_the_plane_against_quadrature(tour):
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = weights / weights.sum()
+    cloud, mass = np.stack(np.meshgrid(nodes, nodes), -1), weights[:, None] * weights
+    for place in np.random.default_rng(0).uniform(-2, 2, (5, 2)):
+        for a in (0.2, 0.4):
+            expected = (tour.height(tour.numbers(place + a * cloud)).numpy() * mass).sum()
+            assert float(tour.smoothed_plane(tour.numbers(place), a)) == pytest.approx(expected, abs=1e-6)
+    places = tour.numbers(np.random.default_rng(1).uniform(-3, 3, (20, 2)))
+    torch.testing.assert_close(tour.smoothed_plane(places, 0.0), tour.height(places), rtol=1e-13, atol=1e-13)
+
+
+def test_where_thresholds_lie(tour):
+    "x^4 - (k - 0.3) x^2 has two minima for k > 0.3 alone."
+    x = np.linspace(-2, 2, 4001)
+    curve = lambda k: x**4 - (k - 0.3) * x**2
+    assert tour.threshold(1.0, 0.1, curve) == pytest.approx(0.3, rel=2e-3)
+    assert tour.threshold(1 / 1.0, 1 / 0.1, lambda k: curve(1 / k)) == pytest.approx(1 / 0.3, rel=2e-3)  # the other way about
+    cold = lambda epsilon: tour.local_entropy(tour.fine[::100], 1.0, epsilon**2 / 2)
+    assert (tour.minima_of(cold(0.5)), tour.minima_of(cold(1.0))) == (2, 1)
+
+
+def test_entropy_sgd_needs_a_hot_walk(tour):
+    "From the sharp pit: with the epsilon of the tour it gets out, with the paper's and with the default it does not."
+    settled = {}
+    for epsilon in (1.0, 1e-3, 1e-4):
+        model = tour.Model(tour.numbers([[-1.18, 0.245]] * 10))
+        settled[epsilon] = tour.settles(tour.walk(model, tour.entropy_sgd(model, epsilon=epsilon), 80, batch=64)[-1]).mean()
+    assert settled[1.0] > 0.7 and settled[1e-3] == settled[1e-4] == 0
 
 
 def test_local_entropy_against_a_sum_over_places(tour):
@@ -104,6 +135,21 @@ def test_the_cloud_and_the_tilts_are_drawn_apart(tour):
     _, widths = tour.believe(torch.zeros(400, 1, dtype=torch.float64), 1, 0.5, examples=10**6, lr=0.01, loss=lambda w: 0 * w[..., 0])
     drift, alike = np.log(widths[1] / widths[0]).mean(), -0.01 * tour.NOISE * 0.5 / 4
     assert abs(drift) < abs(alike) / 10
+
+
+def test_what_the_page_says_of_epsilon():
+    "Beside the picture, in the snippet, in the table and in the player: nowhere is the walk's noise left out."
+    words = "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
+    for said in ("noise=1.0)`, where `noise` is", "hot, ε = 1", "(02_entropy_sgd.ipynb) found"):
+        assert said in words
+    outputs = [output.get("data", {}) for cell in CELLS if cell["cell_type"] == "code" for output in cell["outputs"]]
+    lines = [line for data in outputs for line in "".join(data.get("text/plain", "")).splitlines()]
+    rows = [line.split() for line in lines if line.startswith("Entropy-SGD, ε = 0.001")]
+    assert float(rows[0][4]) < 0.1 and [len(row) for row in rows] == [7, 6]  # the share and its interval, then the rest of a wide table
+    (page,) = [text for data in outputs if "flatmin-player" in (text := "".join(data.get("text/html", "")))]
+    told = json.loads(page.partition('application/json">')[2].partition("</script>")[0])
+    ways = {tuple(one["key"]): one["tracks"][0]["points"] for one in told["settings"]}
+    assert ways["Entropy-SGD", "γ = 1, ε = 0.001"][-1][0] < 300 < 400 < ways["Entropy-SGD", "γ = 1"][-1][0]  # pixels: the pit, the basin
 
 
 def test_what_is_committed():

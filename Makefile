@@ -22,7 +22,7 @@ INPUTS := $(shell find nbs flatmin_nb tests benchmarks house results .github .ci
 
 help:
 	@echo "make run    Entropy-SGD and its baselines on real images: runs/$(NOTEBOOK).ipynb and a summary"
-	@echo "make test   every check: clean and exported notebooks, the notebooks themselves, the site's pages, tests/"
+	@echo "make test   every check: clean and exported notebooks, the notebooks themselves, the site's pages, tests/ (half an hour)"
 	@echo "make lab    Jupyter Lab, on the tour (OPTIONS=--no-browser: any options of Jupyter Lab)"
 	@echo "make docs   the site, in _docs/ (needs Quarto)"
 	@echo "make figures  the committed outputs of pages that are stale, the pictures and the README's table (PAGES=--all, or names)"
@@ -94,7 +94,7 @@ test: $(TESTED)
 
 # the address that is printed leads to the tour, too; a port that is taken is not the end: Jupyter tries the next ones
 OPTIONS :=                   # of Jupyter Lab, as --no-browser or --port=8899
-LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb
+LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb --LabApp.news_url=None
 lab: .venv/installed.stamp
 	@if [ "$$(id -u)" = 0 ] && [[ "$(OPTIONS)" != *--allow-root* ]]; then \
 	  echo "make lab: Jupyter Lab gives whoever reaches it your rights, so it refuses to run as root: be another user, or, in a container, make lab OPTIONS=--allow-root" >&2; exit 1; \

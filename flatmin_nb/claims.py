@@ -688,5 +688,5 @@ def markdown(
     theirs, others, ours = (f"{len(owned[whose])}: {counts[whose]}" for whose in WHOSE)
     return written(rows[rows["front"]], base) + (
         f"\n\n{rows['front'].sum()} of {len(rows)} rows of [all claims]({base}claims.ipynb), where the rules stand that decide. Claims of the five papers, {theirs}. Of two others (Keskar et al.; PNAS 2024), {others}. Ours, beside them, {ours}. "
-        "*Parity* is where the runs cannot tell. ± is the standard deviation over a paper's runs; brackets are Student's intervals of 95 % over our seeds; a gradient is that of one minibatch, of so many images where two differ."
+        "Of a comparison it is the sign that is *reproduced*, not the size; *parity* is where the runs cannot tell. *From memory*: the paper was not at hand; *checked by arithmetic*: a factor that follows from its widths and bits. ± is the standard deviation over a paper's runs; brackets are Student's intervals of 95 % over our seeds; a gradient is that of one minibatch, of so many images where two differ."
     )

@@ -296,9 +296,9 @@ def images() -> dict[str, bytes]:  # file name -> PNG
     "What nbs/images/ holds: a thumbnail of each paper's page and of the tour, and the picture of the front."
     found = {}
     for page in sorted((ROOT / "nbs").glob("0*_*.ipynb")):
-        front = pictures(read(page), "fig-front")[:1]
+        front = pictures(read(page), "front")[:1]
         found |= {"front.png": reduced(png, None) for png in front}
-        found |= {f"{page.stem}.png": reduced(png, WIDTH) for png in (front or pictures(read(page)))[:1]}
+        found |= {f"{page.stem}.png": reduced(png, WIDTH) for png in (pictures(read(page), "card") or front or pictures(read(page)))[:1]}
     return found
 
 

@@ -14,6 +14,8 @@ def main(
     "Print one line a run, and where to look."
     table = load(runs)[list(COLUMNS)].rename(columns=COLUMNS)
     print(table.to_string(index=False, formatters={COLUMNS["test_error"]: "{:.2f}".format, COLUMNS["train_seconds"]: "{:.1f}".format}))
+    if len(table) == table["method"].nunique():
+        print("\none seed says little: what more of them came to stands in README.md, under 'What was claimed, and what came out'")
     print(f"\nthe executed notebook: {notebook}\nthe records of the runs: {runs}/")
 
 

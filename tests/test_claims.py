@@ -577,5 +577,5 @@ def test_every_page_has_a_card_whose_picture_has_words(text, folder):
         alternative = re.search(rf"\[!\[([^\]]+)\]\({folder}images/{page}\.png\)\]\({folder}{page}\.ipynb\)", text)
         assert alternative and len(alternative[1]) > 20, page
     front = re.search(rf"\[!\[([^\]]+)\]\({folder}images/front\.png\)\]\({folder}00_tour\.ipynb\)", text)
-    tour = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/00_tour.ipynb").read_text())["cells"] if "#| label: fig-front" in "".join(cell["source"]))
+    tour = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/00_tour.ipynb").read_text())["cells"] if "#| label: front" in "".join(cell["source"]))
     assert front[1] == json.loads(re.search(r"^#\| fig-alt: (\".*\")$", tour, flags=re.M)[1])  # who ends where is said once

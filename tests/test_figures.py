@@ -325,7 +325,7 @@ def test_pictures_are_made_of_outputs(project):
     shown = [{"output_type": "display_data", "metadata": {}, "data": {"image/png": png(color, (960, 300))}} for color in ("red", "blue", "#ff000000")]
     page(project / "nbs/02_a_paper.ipynb", "1", outputs=shown[1:])
     page(project / "nbs/03_a_paper.ipynb", "1", outputs=shown[2:])
-    tour = page(project / "nbs/00_tour.ipynb", "1", "#| label: fig-front\n2", outputs=shown[:1])
+    tour = page(project / "nbs/00_tour.ipynb", "1", "#| label: front\n2", outputs=shown[:1])
     notebook = read(tour)
     notebook["cells"][1]["outputs"] = shown[1:]
     tour.write_text(figures.nb2str(notebook))

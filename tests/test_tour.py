@@ -156,7 +156,7 @@ def test_what_is_committed():
     outputs = [(cell, output) for cell in CELLS if cell["cell_type"] == "code" for output in cell["outputs"]]
     assert not [output for _, output in outputs if any("widget" in kind for kind in output.get("data", {}))]
     assert sum("flatmin-player" in "".join(output.get("data", {}).get("text/html", "")) for _, output in outputs) == 1
-    assert sum("#| label: fig-front" in code for code in CODE) == 1
+    assert sum("#| label: front" in code for code in CODE) == 1
     assert NOTEBOOK.stat().st_size < 1_200_000
     for cell, output in outputs:
         if "image/png" in output.get("data", {}):

@@ -245,7 +245,7 @@ def _quiet() -> Iterator[None]:
     try:
         import optuna
     except ImportError:
-        raise SearchError("searches use Optuna, which is not installed; pip install 'flatmin_nb[sweep]'") from None
+        raise SearchError("searches use Optuna, which is not installed; pip install 'path/to/the/clone[sweep]'") from None
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -122,7 +122,7 @@ def _ray(address: str, mark: str) -> Iterator[tuple[Any, bool]]:
     try:
         import ray
     except ImportError:
-        raise SweepError("sweeps run on Ray, which is not installed; pip install 'flatmin_nb[sweep]'") from None
+        raise SweepError("sweeps run on Ray, which is not installed; pip install 'path/to/the/clone[sweep]'") from None
     if ray.is_initialized():  # by whoever calls
         yield ray, False
         return

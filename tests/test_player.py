@@ -1,4 +1,5 @@
 """What lab.player puts into a page: positions that can be read back, labels that stay text, and nothing from anywhere else."""
+import base64
 import io
 import json
 import re
@@ -10,7 +11,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from flatmin_nb.lab.player import CHOOSING, CONTROLS, DRAWING, SCRIPT, PlayerError, Track, background, embedded, player
+from flatmin_nb.lab.player import BUILDING, CHOOSING, CONTROLS, DRAWING, SCRIPT, STYLE, PlayerError, Track, background, embedded, player
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -75,7 +76,8 @@ def test_labels_stay_text():
     assert nasty.told["settings"][0] | {"tracks": []} == {"key": [NASTY, NASTY], "tracks": []}
     assert (nasty.told["settings"][0]["tracks"][0]["name"], nasty.told["unit"]) == (NASTY, NASTY)
     assert len(nasty.scripts) == len(plain.scripts) == 2
-    assert any(attributes.get("aria-label") == NASTY for tag, attributes in nasty.elements if tag == "svg")
+    assert (nasty.told["about"], nasty.told["knobs"]) == (NASTY, [NASTY, NASTY + "2"])
+    assert nasty.elements[0][1]["aria-label"] == NASTY and nasty.elements[1][1]["alt"].startswith(NASTY)
 
 
 @pytest.mark.parametrize("value", [NASTY, {"<!--": ["<script>", "]]>"]}, [1.5, None, "ü"]])
@@ -84,29 +86,67 @@ def test_embedded_json_cannot_end_its_element(value):
     assert json.loads(text) == value and not re.search(r"[<>&\u2028\u2029]", text)
 
 
+SVG = "http://www.w3.org/2000/svg"  # the name of a language, which nobody asks for
+
+
 def test_nothing_comes_from_another_host_and_nothing_clashes():
     text = player(axes(), {"": [Track("ball", [[0, 0], [1, 1]])]}, about="a ball").html
+    assert text.count(SVG) == 1
+    text = text.replace(SVG, "")
     assert "http" not in text and "//" not in re.sub(r"base64,[^\"]*", "", text)
     assert not re.search(r"\sid=|getElementById|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|import\(", text)
     for tag, attributes in Page(text).elements:
         assert not [name for name in attributes if name.startswith("on")], tag
-        assert attributes.get("src") is None and attributes.get("href", "data:").startswith("data:")
+        assert attributes.get("src", "data:").startswith("data:image/png;base64,") == (tag == "img") and "href" not in attributes
 
 
-def test_a_page_without_scripts_shows_the_last_frame():
-    shown = page({("x",): [Track("ball", [[0, 0], [1, 0.5]])], ("y",): [Track("other", [[0, 0]])]}, knobs=["kind"])
-    circles = [attributes for tag, attributes in shown.elements if tag == "circle"]
-    assert [(one["cx"], one["cy"]) for one in circles] == [("100", "50")]
-    assert [attributes["points"] for tag, attributes in shown.elements if tag == "polyline"] == ["0,100 100,50"]
-    assert all("hidden" in attributes for tag, attributes in shown.elements if "data-live" in attributes)  # controls that would do nothing
-    assert "x: the whole way of ball." in " ".join(shown.words)
+def picture(shown) -> Image.Image:
+    "What a page shows where scripts do not run."
+    (address,) = [attributes["src"] for tag, attributes in shown.elements if tag == "img"]
+    return Image.open(io.BytesIO(base64.b64decode(address.partition("base64,")[2]))).convert("RGB")
 
 
-def test_controls_have_names():
-    shown = page({("x",): [Track("ball", [[0, 0]])]}, knobs=["kind"], unit="epoch")
-    assert [attributes["aria-label"] for tag, attributes in shown.elements if tag in ("button", "input")] == ["one step back", "play", "one step on", "epoch"]
-    assert [attributes for tag, attributes in shown.elements if tag == "select"] == [{}]  # its name is the label that it stands in
-    assert "kind " in shown.words
+def test_without_scripts_there_are_an_image_and_a_sentence():
+    "Whatever else HTML can do, Jupyter takes out of a notebook that it does not trust: a control that is left would be dead."
+    settings = {("x",): [Track("ball", [[0, 0], [1, 0.5]], "red"), Track("cloud", [[4, 0], [3, 0]], "blue", widths=[[1, 1], [0.5, 0.5]])], ("y",): [Track("other", [[0, 0]])]}
+    shown = page(settings, knobs=["kind"])
+    assert [tag for tag, _ in shown.elements] == ["div", "img", "p", "script", "script"]
+    assert " ".join(shown.words).split() == "Where scripts run, this can be stepped through; in Jupyter: Run → Run All Cells.".split()
+    assert shown.elements[1][1]["alt"] == "a ball: x, the whole way of ball, cloud"
+
+
+def test_the_still_is_the_last_frame_and_the_figure_is_left_alone():
+    ax = axes()
+    ax.set_axis_off()
+    before = ax.figure.get_children(), background(ax.figure)
+    still = picture(page({"": [Track("ball", [[0, -1], [2, 0]], "#ff0000", widths=[[1, 1], [1, 0.5]])]}, ax))
+    assert still.size == (400, 200)
+    assert still.getpixel((200, 100)) == (255, 0, 0) and still.getpixel((100, 150))[1] < 200 < still.getpixel((100, 140))[1]  # the dot; the way, and beside it
+    assert min(still.getpixel((300, 60))) > 245 and np.abs(np.subtract(still.getpixel((270, 100)), (255, 191, 191))).max() < 10  # the cloud, a quarter as strong
+    assert (ax.figure.get_children(), background(ax.figure)) == before
+    widest = lambda size: (np.array(picture(page({"": [Track("ball", [[2, 0]], "#ff0000", size=size)]}, ax)))[100] == (255, 0, 0)).all(-1).sum()
+    assert widest(3) > 2.5 * widest(1) > 0
+
+
+def test_the_names_stand_in_the_still_where_there_are_several():
+    ax = axes()
+    ax.set_axis_off()
+    lines = lambda *names: np.array(picture(page({"": [Track(name, [[0, 0]], "red") for name in names]}, ax)).crop((250, 0, 400, 60)))
+    assert (lines("a") == 255).all() and (lines("a", "b $x^2$") < 255).any()
+
+
+def test_rare_colours_survive_in_the_still():
+    ax = axes()
+    ax.imshow(np.random.default_rng(0).uniform(size=(50, 100, 3)), extent=(0, 4, -1, 1))  # more colours than a palette holds
+    still = picture(page({"": [Track(name, [[x, -0.5], [x, 0.5]], name) for x, name in ((1, "#ff00ff"), (3, "#00ff00"))]}, ax))
+    assert np.abs(np.subtract([still.getpixel((x, 50)) for x in (100, 300)], [(255, 0, 255), (0, 255, 0)])).max() < 40
+
+
+def test_positions_that_nothing_joins_are_marks():
+    ax = axes()
+    ax.set_axis_off()
+    still = picture(page({"": [Track("ball", [[0.5, 0], [1.5, 0], [3, 0]], "#ff0000", joined=False)]}, ax))
+    assert [still.getpixel((x, 100))[1] < 200 for x in (50, 100, 150, 225, 300)] == [True, False, True, False, True]
 
 
 def test_the_background_is_the_figure():
@@ -122,14 +162,12 @@ def test_the_background_keeps_its_margins_whatever_matplotlib_was_told():
         assert Image.open(io.BytesIO(background(figure))).size == (400, 200)
 
 
-def test_the_script_and_the_page_know_the_same_parts():
-    "What the script looks for is there, no piece is missing, and its brackets close."
-    parts = [attributes["data-part"] for tag, attributes in page().elements if "data-part" in attributes]
-    assert len(parts) == len(set(parts)) and set(re.findall(r'one\("(\w+)"\)', SCRIPT)) | {"back", "on"} == set(parts)
-    assert all(piece in SCRIPT for piece in (DRAWING, CHOOSING, CONTROLS))
+def test_the_pieces_of_the_script_fit_together():
+    "None is missing, and its brackets close."
+    assert all(piece in SCRIPT for piece in (BUILDING, DRAWING, CHOOSING, CONTROLS)) and f'"{STYLE}"' in SCRIPT
     bare = re.sub(r'"[^"\n]*"', "", SCRIPT)
     assert [bare.count(one) for one in "({["] == [bare.count(one) for one in ")}]"]
-    for called in ("show", "choose", "fill", "stop", "move", "tick", "place", "make", "called"):
+    for called in ("filled", "make", "put", "button", "show", "choose", "fill", "stop", "move", "tick", "place", "called"):
         assert len(re.findall(rf"const {called} = ", SCRIPT)) == 1 and len(re.findall(rf"\b{called}\b", bare)) > 1
 
 
@@ -141,11 +179,17 @@ const note = name => { seen[name] = {
   said: part("said").textContent, live: part("said").getAttribute("aria-live"),
   valuetext: part("step").getAttribute("aria-valuetext"), play: part("play").getAttribute("aria-label"),
   dots: [...root.querySelectorAll("circle")].map(dot => ["cx", "cy"].map(side => +dot.getAttribute(side))),
+  ways: [...root.querySelectorAll("path")].map(way => way.getAttribute("d")),
+  sizes: [...root.querySelectorAll("circle")].map(dot => +dot.getAttribute("r")),
+  names: [...root.querySelectorAll("button, input, select, svg")].map(part => part.getAttribute("aria-label") ?? part.parentElement.firstChild.textContent),
+  own: [...root.querySelectorAll("button, input, select")].filter(part => part.dataset.lmSuppressShortcuts !== "true").length,
+  stills: root.querySelectorAll("img, p").length, keys: keys.length,
   clouds: root.querySelectorAll("ellipse").length, legend: texts("li"), focus: document.activeElement.dataset.part,
   ends: ["back", "on"].map(name => part(name).getAttribute("aria-disabled")),
   boxes: [...root.querySelectorAll("select")].map(box => [...box.options].map(option => option.text)),
 }; };
-const svg = root.querySelector("svg"), captured = [];
+const svg = root.querySelector("svg"), captured = [], keys = [];
+document.addEventListener("keydown", event => keys.push(event.key));
 svg.setPointerCapture = id => captured.push(id);
 const pointer = (kind, x, more) => svg.dispatchEvent(new PointerEvent(kind, {clientX: x, isPrimary: true, pointerId: 1, ...more}));
 STEPS
@@ -165,12 +209,14 @@ def in_a_browser(tmp_path, shown, steps: str) -> dict:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_in_a_browser(tmp_path):
     way = [[0, -1], [1, 0], [2, 0], [4, 1]]
-    ball = lambda name: Track(name, way, notes=["one", "two", "three", "four"])
-    settings = {("x", "1"): [ball("a <b>"), ball("b")], ("x", "2"): [ball("c")], ("y", "3"): [Track("d", way[:2], widths=way[2:])]}
+    ball = lambda name, size=1.0: Track(name, way, notes=["one", "two", "three", "four"], size=size)
+    settings = {("x", "1"): [ball("a <b>", 2.0), ball("b")], ("x", "2"): [ball("c")], ("y", "3"): [Track("d", way[:2], widths=way[2:], joined=False)]}
     seen = in_a_browser(tmp_path, player(axes(), settings, knobs=["letter", "number"], about="balls"), """
     note("at first");
     part("back").focus(); for (let click = 0; click < 5; click++) part("back").click(); note("back");
     part("on").click(); note("on");
+    for (const one of root.querySelectorAll("button, input, select")) one.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true}));
+    note("keys"); document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true})); note("elsewhere");
     part("step").focus(); part("step").value = 2; part("step").dispatchEvent(new Event("input")); note("slider");
     pointer("pointerdown", 0, {button: 2}); pointer("pointermove", 4000, {buttons: 2}); pointer("pointerup", 0); note("second button");
     pointer("pointerdown", 100, {button: 0}); pointer("pointermove", -9000, {buttons: 1}); pointer("pointerup", 0);
@@ -184,6 +230,10 @@ def test_in_a_browser(tmp_path):
     spots = {name: one["dots"] for name, one in seen.items() if name != "captured"}
     assert spots["at first"] == [whole[3]] * 2 and seen["at first"]["legend"] == ["a <b>: four", "b: four"]
     assert seen["at first"]["boxes"] == [["x", "y"], ["1", "2"]] and seen["at first"]["ends"] == ["false", "true"]
+    assert seen["at first"]["names"] == ["letter ", "number ", "balls", "one step back", "play", "one step on", "step"]
+    assert seen["at first"]["stills"] == 0 and np.divide(*seen["at first"]["sizes"]) == pytest.approx(2)
+    assert [seen[name]["keys"] for name in ("keys", "elsewhere")] == [0, 1] and seen["keys"]["own"] == 0  # Jupyter would go to the next cell
+    assert seen["on"]["ways"] == ["M0,200L100,100"] * 2 and seen["back"]["ways"] == ["M0,200"] * 2 and seen["other letter"]["ways"] == ["M0,200h0"]
     assert spots["back"] == [whole[0]] * 2 and seen["back"]["ends"] == ["true", "false"] and seen["back"]["focus"] == "back"  # not lost
     assert spots["on"] == [whole[1]] * 2 and (seen["on"]["said"], seen["on"]["live"]) == ("step 1 of 3", "polite")
     assert spots["slider"] == [whole[2]] * 2
@@ -212,6 +262,8 @@ def test_in_a_browser(tmp_path):
     ({"a": [Track("b", [[0, 0]], colour="mauvish")]}, {}, "'mauvish' is no colour of matplotlib"),
     ({"a": [Track("b", [[0, 0]])]}, {"knobs": "kind"}, "the text 'kind'; write ['kind']"),
     ({"a": [Track("b", [[0, 0]], notes=["x", "y"])]}, {}, "2 notes for 1 frames"),
+    ({"a": [Track("b", [[0, 0]], size=-1)]}, {}, "size must be a number above 0"),
+    ({"a": [Track("b", [[0, 0]], size=np.nan)]}, {}, "got nan"),
     ({"a": [Track("b", [[0, 0]])]}, {"limit": 500}, "more than limit = 500"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_said_in_one_line(settings, options, words):

@@ -16,7 +16,9 @@ from flatmin_nb.smoothout import SAM, SmoothOut
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "00_tour.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
-WANTED = ("def numbers", "class Model", "def walk(", "LENGTH = 1", "def sgd(", "def smoothout(", "def nudged_sgd(", "def believe", "METHODS =", "def f(", "m, s, c =", "def smoothed", "def local_entropy", "def minima_of", "line =", "def threshold", "def settles")
+PAGES = [text for cell in CELLS for output in cell.get("outputs", ()) if "flatmin-player" in (text := "".join(output.get("data", {}).get("text/html", "")))]
+PLAYERS = [json.loads(page.partition('application/json">')[2].partition("</script>")[0]) for page in PAGES]  # in the plane, on one axis
+WANTED = ("def numbers", "class Model", "def walk(", "LENGTH = 1", "def sgd(", "def smoothout(", "def nudged_sgd(", "def believe", "METHODS =", "def f(", "m, s, c =", "def smoothed", "def local_entropy", "def minima_of", "line =", "def threshold", "def settles", "def signed", "BEGIN =")
 
 
 @pytest.fixture(scope="module")
@@ -146,18 +148,39 @@ def test_what_the_page_says_of_epsilon():
     lines = [line for data in outputs for line in "".join(data.get("text/plain", "")).splitlines()]
     rows = [line.split() for line in lines if line.startswith("Entropy-SGD, ε = 0.001")]
     assert float(rows[0][4]) < 0.1 and [len(row) for row in rows] == [7, 6]  # the share and its interval, then the rest of a wide table
-    (page,) = [text for data in outputs if "flatmin-player" in (text := "".join(data.get("text/html", "")))]
-    told = json.loads(page.partition('application/json">')[2].partition("</script>")[0])
-    ways = {tuple(one["key"]): one["tracks"][0]["points"] for one in told["settings"]}
-    assert ways["Entropy-SGD", "γ = 1, ε = 0.001"][-1][0] < 300 < 400 < ways["Entropy-SGD", "γ = 1"][-1][0]  # pixels: the pit, the basin
+    for told, pit, basin in zip(PLAYERS, (300, 350), (400, 450), strict=True):  # pixels
+        ways = {tuple(one["key"]): one["tracks"][0]["points"] for one in told["settings"]}
+        assert ways["Entropy-SGD", "γ = 1, ε = 0.001"][-1][0] < pit < basin < ways["Entropy-SGD", "γ = 1"][-1][0]
+
+
+def test_on_one_axis_points_move_on_the_profile(tour):
+    path, widths = np.linspace(-2.5, 1.2, 100)[:, None], np.geomspace(1, 0.1, 100)[:, None]
+    moved = tour.track("posterior", path, widths)
+    np.testing.assert_allclose(moved.positions, [[w, by_hand([w])] for w in path[np.linspace(0, 99, 61).round().astype(int), 0]], rtol=1e-13)
+    assert not moved.joined and moved.widths[:, 0].tolist()[::60] == [1, widths[-1, 0]] and len(set(moved.widths[:, 1])) == 1
+    assert moved.notes[-1] == f"loss −{-by_hand([1.2]):.2f} after 300 gradients"
+    plane = tour.track("SAM", np.zeros((5, 2)))
+    assert plane.joined and plane.widths is None and plane.positions.shape == (61, 2)
+
+
+def test_what_can_be_stepped_through():
+    assert len(PLAYERS) == 2
+    for told in PLAYERS:
+        methods = [one["key"][0] for one in told["settings"]]
+        assert list(dict.fromkeys(methods)) == ["all six", "SGD", "Nudged-SGD", "SAM", "SmoothOut", "Entropy-SGD", "posterior"]
+        assert {len(track["points"]) for one in told["settings"] for track in one["tracks"]} == {61}
+        assert "-0" not in "".join(note for one in told["settings"] for track in one["tracks"] for note in track["notes"])
+    sizes = {track["name"]: track["size"] for track in PLAYERS[0]["settings"][0]["tracks"]}
+    assert sizes.pop("SGD") > 1.3 * max(sizes.values())  # Nudged-SGD ends on top of it
 
 
 def test_what_is_committed():
     outputs = [(cell, output) for cell in CELLS if cell["cell_type"] == "code" for output in cell["outputs"]]
     assert not [output for _, output in outputs if any("widget" in kind for kind in output.get("data", {}))]
-    assert sum("flatmin-player" in "".join(output.get("data", {}).get("text/html", "")) for _, output in outputs) == 1
+    assert len(PAGES) == 2 and len(PAGES[1].encode()) < 120_000
+    assert all(page.count("<img alt=") == 1 and "<svg" not in page for page in PAGES)  # what a notebook that is not trusted yet can show
     assert sum("#| label: front" in code for code in CODE) == 1
-    assert NOTEBOOK.stat().st_size < 1_200_000
+    assert NOTEBOOK.stat().st_size < 1_400_000
     for cell, output in outputs:
         if "image/png" in output.get("data", {}):
             assert "#| fig-alt: " in "".join(cell["source"])

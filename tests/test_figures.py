@@ -301,12 +301,13 @@ def test_a_page_that_fails_or_shows_too_much_keeps_its_outputs(project):
 def test_stopped_by_the_keyboard_nothing_is_half_written(project):
     there = page(project / "nbs/page.ipynb", "import os, pathlib, time\npathlib.Path('../pid').write_text(str(os.getpid()))\ntime.sleep(600)", outputs=stream("old"))
     before = there.read_bytes()
-    process = subprocess.Popen([sys.executable, "house/figures.py"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "house/figures.py"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which is ignored below a shell's background job
     while not (project / "pid").exists() or not (project / "pid").read_text():
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "stopped: pages that were not done keep their old outputs\n"
     assert there.read_bytes() == before and not list(project.rglob("*.part"))
     with pytest.raises(ProcessLookupError):

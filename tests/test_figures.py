@@ -45,7 +45,7 @@ def test_the_pictures_are_those_of_the_pages():
     there = {path.name: path.read_bytes() for path in (ROOT / "nbs/images").glob("*.png")}
     assert wanted and there.keys() == wanted.keys(), "make figures"
     assert not [name for name in wanted if opened(there[name]) != opened(wanted[name])], "make figures"
-    assert all(opened(png).width == figures.WIDTH for name, png in there.items() if name != "front.png")
+    assert all(opened(png).width <= figures.WIDTH for name, png in there.items() if name != "front.png")
 
 
 def test_the_readme_has_the_claims_of_the_tables():

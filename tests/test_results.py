@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flatmin_nb.lab.errors import OneLineError
-from flatmin_nb.lab.files import FolderError, written_whole
+from flatmin_nb.lab.files import DiskFullError, FolderError, written_whole
 from flatmin_nb.lab.results import Run, commit, histories, load, load_weights
 
 
@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(write, tmp_path):
     "torch.save hides it behind an error of its own."
     (tmp_path / "model.pt").write_bytes(b"the old one")
     (tmp_path / "model.pt.part").symlink_to("/dev/full")
-    with pytest.raises(FolderError) as error, written_whole(tmp_path / "model.pt") as file:
+    with pytest.raises(DiskFullError) as error, written_whole(tmp_path / "model.pt") as file:
         write(file)
     assert "No space left for 'model.pt'" in one_line(error) and str(tmp_path) in one_line(error)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"the old one")]

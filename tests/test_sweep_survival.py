@@ -175,13 +175,14 @@ class Toy:
         "A command, to its end."
         return subprocess.run([FLATMIN, *map(str, words)], env=self.environment | environment, capture_output=True, text=True, timeout=2 * AT_LAST)
 
-    def start(self, *words) -> SimpleNamespace:
-        "flatmin sweep, as a job of its own as a shell starts it."
+    def start(self, *words, ignored: tuple[signal.Signals, ...] = ()) -> SimpleNamespace:
+        "flatmin sweep, as a job of its own as a shell starts it; a job in the background, or below nohup, ignores signals."
         number = len(self.drivers)
         out, err = self.place / f"driver-{number}.out", self.place / f"driver-{number}.err"
         with open(out, "w") as first, open(err, "w") as second:
             command = [FLATMIN, "sweep", self.notebook, self.folder, *map(str, words)]
-            process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=first, stderr=second, start_new_session=True)
+            process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=first, stderr=second, start_new_session=True,
+                                       preexec_fn=lambda: [signal.signal(name, signal.SIG_IGN if name in ignored else signal.SIG_DFL) for name in (signal.SIGINT, signal.SIGHUP)])  # fmt: skip
         self.drivers.append(SimpleNamespace(process=process, out=out.read_text, err=err.read_text))
         return self.drivers[-1]
 
@@ -496,9 +497,9 @@ def interrupted(toy: Toy, driver: SimpleNamespace, way: str) -> subprocess.Compl
 SOME = ("-p", "what", "['ends', 'holds']", "-p", "seed", "range(3)")  # three runs that end at once, and three that hold
 
 
-def begun(toy: Toy, *words) -> tuple[SimpleNamespace, list[psutil.Process]]:
+def begun(toy: Toy, *words, **options) -> tuple[SimpleNamespace, list[psutil.Process]]:
     "A driver that has finished three runs and has two that hold, and all processes that are there because of it."
-    driver = toy.start(*SOME, *words)
+    driver = toy.start(*SOME, *words, **options)
     families = toy.holding(2)
     assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "running", "holds-1": "running"}
     return driver, [*families, *toy.processes(driver)]
@@ -540,6 +541,21 @@ def test_ctrl_c(toy):
     assert len(load(toy.folder)) == 3 and load(toy.folder).table["status"].eq("finished").all()
     assert not is_driven(Sweep(toy.folder))
     assert "3 ended, 3 to be run" in toy.flatmin("sweep", toy.notebook, toy.folder, *SOME, "--dry-run").stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_in_the_background(toy):
+    "It lives on when its terminal is gone, as nohup has it, and SIGTERM ends it and its runs though Ctrl-C is ignored."
+    driver, processes = begun(toy, ignored=(signal.SIGINT, signal.SIGHUP))
+    driver.process.send_signal(signal.SIGHUP)
+    driver.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.process.wait(timeout=2)
+    driver.process.send_signal(signal.SIGTERM)
+    assert toy.to_the_end(driver) == 130
+    gone(processes)
+    assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
+    assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "cancelled", "holds-1": "cancelled"}
 
 
 @pytest.mark.slow

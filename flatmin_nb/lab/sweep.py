@@ -34,6 +34,8 @@ from .tasks import ENDED, Runs, Sweep, Task, driven, load, lost, planned, varied
 @cache
 def _marked_worker(session: str) -> tuple[str, Any]:
     "The mark of all that this worker starts for a driver, and the pipe to its guardian, which must stay open."
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray stops a task by it, and whoever is below a shell's background job ignores it
     mark = f"{session}/{socket.gethostname()}-{os.getpid()}/"
     pipe = guarded(mark)
     adopt_orphans()  # from now on: the guardian is to be nobody's child
@@ -224,19 +226,25 @@ def _undisturbed() -> Iterator[None]:
 # %% ../../nbs/lab/sweep.ipynb #1d98ae66
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    "A block in which SIGTERM and SIGHUP do what Ctrl-C does."
+    "A block in which SIGTERM does what Ctrl-C does, and SIGHUP too unless it is ignored."
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(name) for name in names]
-    interrupt = lambda *_: signal.raise_signal(signal.SIGINT)
+    ignored = {name for name in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(name) is signal.SIG_IGN}  # by a shell's background job, and by nohup
+    names = {signal.SIGTERM, signal.SIGHUP} - ignored
+    before = {name: signal.getsignal(name) for name in names}
+
+    def interrupt(*_: Any) -> None:
+        if signal.SIGINT in ignored:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
     try:
         for name in names:
             signal.signal(name, interrupt)
         yield
     finally:
-        for name, handler in zip(names, before):
+        for name, handler in before.items():
             signal.signal(name, handler)
 
 # %% ../../nbs/lab/sweep.ipynb #f435a77f

@@ -579,3 +579,27 @@ def test_every_page_has_a_card_whose_picture_has_words(text, folder):
     front = re.search(rf"\[!\[([^\]]+)\]\({folder}images/front\.png\)\]\({folder}00_tour\.ipynb\)", text)
     tour = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/00_tour.ipynb").read_text())["cells"] if "#| label: front" in "".join(cell["source"]))
     assert front[1] == json.loads(re.search(r"^#\| fig-alt: (\".*\")$", tour, flags=re.M)[1])  # who ends where is said once
+
+
+ANSWER = "The short answer so far: on MNIST a large batch ends in a sharper minimum and generalises worse, but no method that looks for flat minima was seen to generalise better than its baseline in our runs, and one that ends three times as sharp was not seen to generalise worse."
+
+
+def test_the_short_answer_is_what_the_records_say():
+    for text in (README, "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"])):
+        assert ANSWER in " ".join(text.split())
+    rows = claims.table()
+    row = lambda words, page: rows[rows["claim"].str.contains(words, regex=False) & (rows["page"] == page) & (rows["status"] != "blank")].iloc[0]
+    for words in ("The large batch has the higher test error", "It ends sharper, by Keskar's φ"):
+        assert row(words, "03_smoothout")["status"] == "reproduced"
+    sharper, generalises = row("Nudged-SGD, γ = 0.1, ends sharper", "04_sharpest_directions"), row("It generalises better, by the last", "04_sharpest_directions")
+    assert sharper["status"] == "reproduced" and 2.5 < math.exp(sharper["difference"]) < 3.5 and generalises["status"] == "parity"
+    lower = rows[rows["claim"].str.contains("Its test error is lower than") & (rows["status"] != "blank")]
+    assert len(lower) == 2 and not lower["status"].eq("reproduced").any()
+    runs = Records()("smoothout")
+    for experiment, column in [(experiment, column) for experiment in ("f1", "digits") for column in ("test_error", "last_test_error")]:
+        errors = runs[runs["experiment"] == experiment].pivot(index="seed", columns="method", values=column)
+        methods = errors.columns.intersection(["smoothout", "adasmoothout", "sam", "asam"])
+        assert len(methods) > 2
+        for method in methods:
+            change = (errors[method] - errors["large"]).dropna()
+            assert stats.ttest_1samp(change, 0, alternative="less").pvalue > 0.025, (experiment, column, method)

@@ -172,7 +172,7 @@ def still(
 STYLE = """
 .flatmin-player{max-width:60rem;margin:1em 0;color:inherit;font-size:1rem;line-height:1.4}
 .flatmin-player svg{display:block;width:100%;height:auto;background:#fff;border-radius:6px;touch-action:pan-y;user-select:none}
-.flatmin-player .row{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1rem;margin:.5rem 0}
+.flatmin-player .bar{display:flex;flex-wrap:wrap;align-items:center;gap:.5rem 1rem;margin:.5rem 0}
 .flatmin-player button,.flatmin-player select{font:inherit;color:inherit;background:transparent;border:1px solid currentColor;border-radius:6px;min-height:2.75rem;padding:0 .7rem;max-width:100%}
 .flatmin-player button{min-width:2.75rem;cursor:pointer}
 .flatmin-player [aria-disabled=true]{opacity:.4;cursor:default}
@@ -197,11 +197,11 @@ const make = (kind, values, parent) => filled(document.createElementNS("http://w
 const put = (kind, values, parent, words) => filled(document.createElement(kind), values, parent, words);
 const live = document.createElement("div"), own = {"data-lm-suppress-shortcuts": "true"};
 put("style", {}, live, style);
-const boxes = put("div", {class: "row"}, live);
+const boxes = put("div", {class: "bar"}, live);
 const selects = data.knobs.map(knob => put("select", own, put("label", {}, boxes, knob + " ")));
 const svg = make("svg", {viewBox: "0 0 " + data.width + " " + data.height, role: "img", "aria-label": data.about}, live);
 make("image", {href: data.picture, width: data.width, height: data.height}, svg);
-const layer = make("g", {}, svg), row = put("div", {class: "row"}, live);
+const layer = make("g", {}, svg), row = put("div", {class: "bar"}, live);
 const button = (part, sign, words) => put("button", {type: "button", "data-part": part, "aria-label": words, ...own}, row, sign);
 const back = button("back", "\\u2039", "one step back"), play = button("play", "", "play"), on = button("on", "\\u203a", "one step on");
 const range = put("input", {type: "range", "data-part": "step", min: 0, max: 1e6, step: 1, value: 1e6, "aria-label": data.unit, ...own}, row);

@@ -16,6 +16,10 @@ from flatmin_nb.lab.data import write
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs"
 
+# `make test` starts these tests, and a make that a test starts must not take itself for that one's child: it would take its options and say which folder it enters
+for name in [name for name in os.environ if name.startswith(("MAKE", "MFLAGS"))]:
+    del os.environ[name]
+
 
 @pytest.fixture
 def papermill(tmp_path) -> Callable[..., subprocess.CompletedProcess]:

@@ -99,8 +99,7 @@ def project(tmp_path) -> Path:
 
 
 def make_diary(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", "diary", *arguments], cwd=project, env=inherited, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", "diary", *arguments], cwd=project, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
 
 def test_make_diary_writes_an_entry_of_today(project):

@@ -29,8 +29,7 @@ def name(path: Path) -> str:
 
 
 def run(*command, folder=ROOT, **environment):
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}  # pytest runs under make
-    return subprocess.run(command, cwd=folder, env=inherited | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def tagged(notebook: Path) -> int:

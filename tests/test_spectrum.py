@@ -1,5 +1,7 @@
 """Eigenpairs, traces and densities, where a notebook would be too slow: many spectra, many seeds, peers, a real net."""
 
+from itertools import product
+
 import curvlinops
 import pytest
 import torch
@@ -81,6 +83,16 @@ def test_eigenpairs_are_those_of_the_matrix(name, which, dtype, basis):
         rank = {"LA": torch.clone, "SA": torch.neg, "LM": torch.abs}[which]
         best = rank(values).sort(descending=True).values[:4]
         torch.testing.assert_close(rank(pairs.values.double()), best, atol=2e-3 * scale.item(), rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_does_not_undo_convergence(seed):
+    "The rounding of single precision is a tenth of what these small eigenvalues may be wrong by: the search leaves room for it."
+    for name, basis in product(("outliers on a bulk", "pairs"), (None, 14)):
+        A = Counted(with_spectrum(SPECTRA[name].double()).matrix.float())
+        pairs = top_eigenpairs(A, k=4, which="SA", basis=basis, seed=seed)
+        assert pairs.converged.all() and pairs.products == A.products < 400
+        assert (true_residuals(A.matrix, pairs) <= pairs.residuals + 1e-6).all()
 
 
 def test_what_is_nearly_zero_and_not_found_is_not_called_converged():

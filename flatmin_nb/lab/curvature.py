@@ -558,15 +558,16 @@ def confirmed(krylov: Krylov, which: str, k: int, tolerance: float) -> Eigenpair
     surprise = float((A @ (vectors @ signs) - claimed).norm())
     residuals = ritz.residuals[:k] + surprise
     converged = (residuals.isfinite() & (residuals <= bound(krylov, values, tolerance))).to(V.device)
-    return Eigenpairs(values.to(V), vectors, residuals.to(V), converged, tolerance, krylov.products + 1, surprise)
+    krylov.products += 1
+    return Eigenpairs(values.to(V), vectors, residuals.to(V), converged, tolerance, krylov.products, surprise)
 
 # %% ../../nbs/lab/curvature.ipynb #8374226e
-def finished(krylov: Krylov, which: str, k: int, tolerance: float) -> bool:
-    "Whether the k best Ritz pairs have converged and no breakdown has left a better one out."
+def finished(krylov: Krylov, which: str, k: int, tolerance: float, surprise: float = 0.0) -> bool:
+    "Whether the k best Ritz pairs have converged, whatever a surprise may add, and no breakdown has left a better one out."
     if krylov.n == krylov.A.size:
         return True
     ritz = krylov.ritz(which)
-    if krylov.n < k or (ritz.residuals > bound(krylov, ritz.values, tolerance))[:k].any():
+    if krylov.n < k or (ritz.residuals + surprise > bound(krylov, ritz.values, tolerance))[:k].any():
         return False
     if krylov.chain == 0:
         return True
@@ -605,11 +606,17 @@ def top_eigenpairs(
     random = generator(A, seed)
     krylov = Krylov(A, starting_vector(A, start, random), basis, random)
     krylov.grow()
-    while not finished(krylov, which, k, tolerance) and krylov.products + 1 < max_products:
-        if krylov.n == krylov.capacity:
-            krylov.restart(which, k)
-        krylov.grow()
-    return confirmed(krylov, which, k, tolerance)
+    surprise = 0.0
+    while True:
+        while not finished(krylov, which, k, tolerance, surprise) and krylov.products + 1 < max_products:
+            if krylov.n == krylov.capacity:
+                krylov.restart(which, k)
+            krylov.grow()
+        pairs = confirmed(krylov, which, k, tolerance)
+        surprise = pairs.surprise
+        hopeless = surprise >= bound(krylov, pairs.values, tolerance).min() or krylov.n == A.size or krylov.products + 1 >= max_products
+        if hopeless or pairs.converged.all():
+            return pairs
 
 
 BASIS_BYTES = 4e9

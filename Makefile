@@ -92,9 +92,10 @@ test: $(TESTED)
 
 # ---- reading and publishing ------------------------------------------------------------------------------------------
 
-# the address that is printed leads to the tour, too; a port that is taken is not the end: Jupyter tries the next ones
+# the address that is printed leads to the tour, too; a port that is taken is not the end: Jupyter tries the next ones; it asks nobody for news or updates
 OPTIONS :=                   # of Jupyter Lab, as --no-browser or --port=8899
-LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb --LabApp.news_url=None
+LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_tour.ipynb \
+       --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 lab: .venv/installed.stamp
 	@if [ "$$(id -u)" = 0 ] && [[ "$(OPTIONS)" != *--allow-root* ]]; then \
 	  echo "make lab: Jupyter Lab gives whoever reaches it your rights, so it refuses to run as root: be another user, or, in a container, make lab OPTIONS=--allow-root" >&2; exit 1; \

@@ -69,6 +69,8 @@ def checked(
             raise PlayerError(f"{where}: widths must be {len(positions)} pairs, as its positions are, and none negative; got {len(widths)} from {widths.min():g}")
     if not (isinstance(track.size, (int, float)) and 0 < track.size <= 10):
         raise PlayerError(f"{where}: size must be a number above 0 and up to 10; got {track.size!r}")
+    if isinstance(track.notes, str) or not isinstance(track.notes, Sequence):
+        raise PlayerError(f"{where}: notes must be a list of texts, one for each frame, or empty; got {track.notes!r}")
     if len(track.notes) not in (0, len(positions)):
         raise PlayerError(f"{where}: {len(track.notes)} notes for {len(positions)} frames; give one for each, or none")
     return positions, widths
@@ -360,6 +362,8 @@ def player(
     "A player for tracks that were computed before. PlayerError where they cannot be shown, or weigh too much."
     if isinstance(knobs, str):
         raise PlayerError(f"knobs must be a list of names; got the text {knobs!r}; write [{knobs!r}]")
+    if not isinstance(settings, Mapping):
+        raise PlayerError(f"settings must be a dictionary of lists of tracks by setting; got a {type(settings).__name__}; with one setting write {{'': tracks}}")
     ax.figure.canvas.draw()  # only now do the axes know their place
     listed = []
     for key, tracks in settings.items():

@@ -4,14 +4,14 @@
 Then it makes nbs/images/ and the README's table of claims from what is committed. A page's metadata has two digests under `outputs_of`:
 of the outputs, so that those of a run by hand, with other data perhaps, do not pass for these; and of what they come from, which is
 
-- the code of its cells, but for those marked `#| eval: false`, which are not executed here either and have no outputs;
-- the notebooks that its cells name, to read or to run, text and all;
-- the modules of the package that any of these imports, wherever the import stands, or names in a string, and those that they import;
+- its code cells, but for those marked `#| eval: false`, which are not executed here either and have no outputs;
+- the notebooks that its cells name, to read or to run, prose and all;
+- the modules of the package that any of these imports or names, wherever that stands, and those that they import;
 - the files of results/ that any of these names.
 
-Comments, docstrings and formatting do not count, nor do the versions of Python and libraries: `--all` after a change of constraints.txt.
+All are taken as they are written: an output can be made of comments and docstrings, as in nbs/lab/site.ipynb. The versions of Python
+and of libraries do not count: `--all` after a change of constraints.txt.
 """
-import ast
 import base64
 import hashlib
 import io
@@ -26,18 +26,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
 import nbformat
 import psutil
 from execnb.nbio import nb2str
-from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "outputs_of"  # the key of the metadata; settings.ini allows it, or nbdev_clean would take it away
@@ -47,6 +45,8 @@ WIDTH = 480  # pixels of a thumbnail
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HOST = socket.gethostname().partition(".")[0]  # one that is a plain word would be found everywhere
 HERE = tuple(name for name in (HOST, str(ROOT), str(Path.home()), sys.prefix) if len(name) > 5 and not name.isalpha())
+CELL = re.compile(r"^# %%.*\n", re.MULTILINE)  # what nbdev writes above each cell of a module: an id, new where no code is
+IMPORT = re.compile(r"\bfrom +(\.*)([\w.]*) *import +(\((?:#.*\n|[^#)])*|.*)")  # its dots, start and names
 CLAIMS = re.compile(r"(<!-- claims: begin -->\n).*?(<!-- claims: end -->)", re.DOTALL)
 
 
@@ -77,98 +77,64 @@ def executed(cell: dict) -> bool:
     return cell["cell_type"] == "code" and not re.search(r"^#\|\s*eval:\s*false\s*$", source_of(cell), re.MULTILINE)
 
 
-# ---- what outputs come from; in the hash of lab.notebooks every comment and the whole package count --------------------
-def digest(what: object) -> str:  # what has the same repr everywhere: texts, bytes, and lists of them
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+# ---- what outputs come from ------------------------------------------------------------------------------------------
+def digest(what: object) -> str:  # of what JSON can hold, and the same everywhere, as repr is not
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def shape(node: object) -> str:  # a node of a syntax tree, a list of nodes, or a value
-    "Code as text without comments and formatting. Unlike ast.dump and ast.unparse, the same in each version of Python."
-    if isinstance(node, list):
-        return f"[{', '.join(map(shape, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = {name: value for name, value in ast.iter_fields(node) if name not in {"ctx", "kind", "type_comment"}}
-    if isinstance(node, ast.JoinedStr):  # 3.12 ends some formats with an empty string
-        fields["values"] = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
-    # what is empty is left out: newer versions have fields that older ones have not
-    return f"{type(node).__name__}({', '.join(f'{name}={shape(value)}' for name, value in fields.items() if value not in (None, []))})"
+def modules(text: str, package: tuple[str, ...]) -> set[Path]:
+    "The modules that a text imports or names; the package is where its relative imports start."
+    names = re.findall(r"\bflatmin_nb(?:\.\w+)+", text)
+    for dots, start, what in IMPORT.findall(text):
+        start = ".".join([*(package[: len(package) + 1 - len(dots)] if dots else ()), start]).strip(".")
+        names += [start, *(f"{start}.{name}" for name in re.findall(r"\w+", what))]
+    steps = [name.split(".") for name in names if name.startswith("flatmin_nb.")]
+    # a.b.c runs a and a.b first; flatmin_nb itself holds the version, of no importance here
+    starts = {ROOT.joinpath(*step[:end]) for step in steps for end in range(2, len(step) + 1)}
+    return {file for path in starts for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()}
 
 
-def code(source: str, cell: bool) -> ast.Module:
-    "The syntax tree of a cell, or else of a module, without docstrings."
-    try:
-        tree = ast.parse(TransformerManager().transform_cell(source) if cell else source)
-    except SyntaxError:  # of somebody who is not done yet
-        tree = ast.parse(repr(source))
-    if cell and source.rstrip().endswith(";"):  # IPython shows nothing then, and the tree does not know it
-        tree.body.append(ast.Expr(ast.Constant(";")))
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, *([] if cell else [ast.Module]))  # a string at a cell's end is an output
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
-    return tree
+def notebooks(text: str) -> set[Path]:
+    "The pages that a text names, by a pattern perhaps."
+    names = re.findall(r"([^\"'/\n]+\.ipynb)[\"']", text)
+    return {page for page in pages() if any(fnmatchcase(page.name, name) for name in names)}
 
 
-@cache
-def facts(source: str, cell: bool, package: tuple[str, ...] = ()) -> tuple[str, set[str], set[Path]]:
-    "The digest of a cell, or of a module of a package; its strings, a * for each value in them; the modules that it imports or names."
-    tree, strings, names = code(source, cell), set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            strings.add(node.value)
-        elif isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):  # else it would match everything
-            strings.add("".join(part.value if isinstance(part, ast.Constant) else "*" for part in node.values))
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = ".".join([*(package[:len(package) + 1 - node.level] if node.level else ()), *filter(None, [node.module])])
-            names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
-    names |= {name for text in strings for name in re.findall(r"\bflatmin_nb(?:\.\w+)*", text)}
-    steps = [name.split(".") for name in names if name.split(".")[0] == "flatmin_nb"]
-    starts = {ROOT.joinpath(*step[:end]) for step in steps for end in range(1, len(step) + 1)}  # a.b.c runs a and a.b first
-    files = {file for path in starts for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()}
-    files -= {ROOT / "flatmin_nb/__init__.py"}  # it holds the version, of no importance here
-    return digest(shape(tree)) if tree.body else "", strings, files
-
-
-def tables(strings: set[str]) -> set[Path]:
-    "The files of results/ that some code names; all of them where it speaks of results/ and names none."
-    strings = {text for text in strings if "\n" not in text}
-    if not any(re.search(r"(^|/)results(/|$)", text) for text in strings):
+def tables(text: str) -> set[Path]:
+    "The files of results/ that a text names, or begins to name in an f-string; all of them where it speaks of results/ and names none."
+    if not re.search(r"[\"'/]results[\"'/]", text):
         return set()
     there = {path for path in (ROOT / "results").rglob("*") if path.is_file() and path.name[0] != "." and path.suffix not in {".md", ".py", ".pyc"}}
-    patterns = {re.sub(r"^.*\bresults/|^\W*/", "", text) for text in strings}
-    patterns = {pattern for pattern in patterns if re.search(r"\w\w\w", pattern)}  # no '**' of Markdown
+    patterns = [name + "*" * (end == "{") for name, end in re.findall(r"[\"'][./]*(?:results/)?(\w{3}[\w./-]*)([\"'{])", text)]
     names = [(path, name) for path in there for name in (path.relative_to(ROOT / "results").as_posix(), path.name, path.stem)]
     return {path for path, name in names if any(fnmatchcase(name, pattern) for pattern in patterns)} or there
 
 
 def parts(page: Path) -> dict[str, str]:  # path -> digest
     "Everything that the outputs of a page come from."
-    found, waiting = {}, {page}
+    found, code, waiting = {}, "", {page}
     while waiting:
         path = waiting.pop()
-        if module := path.suffix == ".py":
-            known = [facts(path.read_text(encoding="utf-8"), False, path.relative_to(ROOT).parts[:-1])]
+        if path.suffix == ".py":
+            text = whole = CELL.sub("", path.read_text(encoding="utf-8"))
         else:
             cells = read(path)["cells"]
-            known = [facts(source_of(cell), True) for cell in cells if executed(cell)]
-        found[path] = digest([code for code, _, _ in known if code] if module or path == page else [*map(source_of, cells)])
-        strings = {text for _, texts, _ in known for text in texts}
-        found |= {table: digest(table.read_bytes()) for table in tables(strings)}
-        names = set() if module else {text.rpartition("/")[2] for text in strings if text.endswith(".ipynb")}
-        waiting |= {other for other in pages() if any(fnmatchcase(other.name, name) for name in names)}
-        waiting = waiting.union(*(files for _, _, files in known)) - found.keys()
+            text = "\n# %%\n".join(source_of(cell) for cell in cells if executed(cell))
+            whole = text if path == page else [*map(source_of, cells)]
+            waiting |= notebooks(text)
+        found[path] = digest(whole)
+        code += f"{text}\n"
+        waiting = (waiting | modules(text, path.relative_to(ROOT).parts[:-1])) - found.keys()
+    found |= {table: digest(table.read_bytes().hex()) for table in tables(code)}
     return {path.relative_to(ROOT).as_posix(): found[path] for path in sorted(found)}
 
 
 def sources_of(page: Path) -> str:  # a digest
-    return digest([*parts(page).items()])
+    return digest(parts(page))
 
 
 def outputs_of(notebook: dict) -> str:  # a digest
-    return digest(json.dumps([cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")], sort_keys=True))
+    return digest([cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")])
 
 
 def stale(page: Path) -> str:  # empty: it is fresh
@@ -280,15 +246,12 @@ def pictures(notebook: dict, label: str = "") -> list[bytes]:  # PNGs
 
 
 def reduced(png: bytes, width: int | None) -> bytes:  # PNG; None: as wide as it is
-    "A picture on white, made small: in pixels, and in 256 colours where nobody sees it."
+    "A picture on white, made small."
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if width and image.width > width:
-        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    few = image.quantize(256, dither=Image.Dither.NONE)
-    unseen = max(ImageStat.Stat(ImageChops.difference(image, few.convert("RGB"))).rms) < 2  # of 255
+    image.thumbnail((width or image.width, image.height), Image.Resampling.LANCZOS)
     kept = io.BytesIO()
-    (few if unseen else image).save(kept, "PNG", optimize=True)
+    image.save(kept, "PNG", optimize=True)
     return kept.getvalue()
 
 

@@ -2,6 +2,7 @@
 import html
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -49,6 +50,13 @@ def data_of(cell: dict) -> list[dict]:
     return [output.get("data", {}) for output in cell.get("outputs", [])]
 
 
+def captioned(cell: dict) -> list[tuple[dict, str]]:
+    "The outputs of a cell with the captions that Quarto gives them: each that is not a stream takes the next one, whatever it is."
+    lines = [line.removeprefix("#|") for line in joined(cell["source"]).splitlines() if re.match(r"#\| *fig-cap *:", line)]
+    captions = yaml.safe_load("\n".join(lines))["fig-cap"] if lines else []
+    return list(itertools.zip_longest(filter(None, data_of(cell)), [captions] if isinstance(captions, str) else captions, fillvalue=""))
+
+
 def without_blocks(text: str) -> str:
     "Markdown without its blocks of code; HTML that is meant as HTML stays."
     return re.sub(r"^(`{3,}|~{3,})([^\n]*)\n(.*?)^\1`*\s*$", lambda found: found[3] if "{=html}" in found[2] else "", text, flags=re.M | re.S)
@@ -60,11 +68,12 @@ def without_code(text: str) -> str:
 
 
 def text_of(notebook: Path) -> str:
-    "What a reader of the page sees, code aside: its Markdown, and the outputs in Markdown or HTML."
+    "What a reader of the page sees, code aside: its Markdown, the captions, and the outputs in Markdown or HTML."
     parts = []
     for cell in cells_of(notebook):
         if cell["cell_type"] == "markdown":
             parts.append(joined(cell["source"]))
+        parts += [caption for _, caption in captioned(cell)]
         parts += [joined(data[kind]) for data in data_of(cell) for kind in ("text/markdown", "text/html", "image/svg+xml") if kind in data]
     return "\n\n".join(parts)
 
@@ -173,6 +182,77 @@ def test_a_picture_without_words_is_found():
     assert len(wordless([{"cell_type": "markdown", "source": "![](a.png) <img src='a.png'> <svg width='3'> ![a](a.png) <img src='a.png' alt='A'>"}])) == 3
 
 
+# ---- captions ----
+
+def is_picture(data: dict) -> bool:
+    return any(kind in data for kind in PICTURES)
+
+
+def balanced(text: str) -> bool:
+    "Whether each bracket is closed, and none that was not opened."
+    depths = list(itertools.accumulate({"[": 1, "]": -1}.get(one, 0) for one in text))
+    return not depths or min(depths) >= 0 and depths[-1] == 0
+
+
+def ill_captioned(cells: list[dict]) -> list[str]:
+    "Captions that are missing, with an output that is no picture, said once more in the text, or not to be read: how the cells begin, or the captions."
+    found, prose = [], " ".join(" ".join(joined(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").split())
+    for cell in cells:
+        pairs = captioned(cell)
+        for data, caption in pairs if any(is_picture(data) for data, _ in pairs) else []:
+            if len(caption.split()) < 3 if is_picture(data) else caption:
+                found.append(joined(cell["source"])[:80])
+            if set(data) == {"text/plain"}:  # Quarto drops some of these, and with them goes the order of the captions
+                found.append(joined(cell["source"])[:80])
+            if caption and (caption in prose or not balanced(caption)):
+                found.append(caption)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_picture_has_a_caption(site, page):
+    assert ill_captioned(cells_of(site / page)) == []
+
+
+def test_an_ill_caption_is_found():
+    picture, table = {"data": {"image/png": "", "text/plain": "<Figure>"}}, {"data": {"text/markdown": "| a |"}}
+    cell = lambda caption, *outputs: {"cell_type": "code", "source": f"#| fig-cap: {json.dumps(caption)}\nplot()", "outputs": list(outputs)}
+    text = lambda source: {"cell_type": "markdown", "source": source}
+    stream = {"output_type": "stream", "text": "1"}
+    assert ill_captioned([cell("It rises to [1](a.ipynb).", stream, picture), text("It falls."), cell(["", "It falls and rises."], table, picture), cell([], table), text("*It*")]) == []
+    assert len(ill_captioned([cell([], picture), text("*It rises to one.*"), cell("It.", picture)])) == 2
+    assert len(ill_captioned([cell("It rises to one.", table, picture)])) == 2  # the table has it, the picture has none
+    assert len(ill_captioned([cell("It rises to one.", picture), text("*It rises\nto one.*")])) == 1
+    assert len(ill_captioned([cell("It rises to ]1[.", picture), cell("It rises to [0, 1).", picture)])) == 2
+    assert len(ill_captioned([cell(["", "It rises to one."], {"data": {"text/plain": "[<Line2D>]"}}, picture)])) == 1
+
+
+def in_html(markdown: str, what: str) -> str:  # what: named where Pandoc complains
+    "Markdown as Pandoc reads it, for Quarto too."
+    done = subprocess.run(["pandoc", "--from=markdown", "--to=html", "--mathml"], input=markdown, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"{what}: {done.stderr[:500]}"
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("pandoc"), reason="needs Pandoc, which comes with Quarto")
+def test_every_caption_is_read_as_the_italic_words_of_the_notebook(site):
+    words = lambda read: " ".join(re.sub(r"<[^>]*>", "", read).split())
+    for page in PAGES:
+        pictures = [(caption, joined(cell["source"])) for cell in cells_of(site / page) for data, caption in captioned(cell) if is_picture(data)]
+        written = ["![{}](a.png){{fig-alt='{}'}}".format(caption, alternative_texts(source)[0].replace("'", r"\'")) for caption, source in pictures]  # as by Quarto
+        made = in_html("\n\n".join(written), page)
+        figures = re.findall(r"<figure>(.*?)</figure>", made, flags=re.S)
+        assert len(figures) == len(pictures) and not re.sub(r"<figure>.*?</figure>", "", made, flags=re.S).strip(), page
+        captions = [re.findall(r"<figcaption\b[^>]*>(.*?)</figcaption>", figure, flags=re.S) for figure in figures]
+        assert all(len(each) == 1 for each in captions), page
+        for [caption], (source, _) in zip(captions, pictures):
+            seen = words(re.sub(r"<(code|math)\b.*?</\1>", "", caption, flags=re.S))
+            assert "\\" not in seen and seen.count("*") == without_code(source).count(r"\*"), f"{page}: {seen}"
+        below = [joined(after["source"]).partition("\n\n")[0] for cell, after in itertools.pairwise(cells_of(ROOT / "nbs" / page)) if any(map(is_picture, data_of(cell)))]
+        italic = re.findall(r"<p><em>(.*?)</em>", in_html("\n\n".join(below), page), flags=re.S)
+        assert [words(caption) for [caption] in captions] == [words(one) for one in italic], page
+
+
 # ---- nothing is asked of another host ----
 
 def requests(text: str) -> list[str]:
@@ -225,10 +305,8 @@ def test_the_diary_is_a_listing_and_its_entries_have_what_it_shows(site):
 @pytest.mark.skipif(not shutil.which("pandoc"), reason="needs Pandoc, which comes with Quarto")
 def test_every_equation_becomes_mathml(site):
     for page in PAGES:
-        done = subprocess.run(["pandoc", "--from=markdown", "--to=html", "--mathml"], input=text_of(site / page), capture_output=True, text=True)
-        assert done.returncode == 0 and not done.stderr, f"{page}: {done.stderr[:500]}"
         # TeX that Pandoc did not understand stands on the page as it was written, between dollars; the annotations of MathML keep it too
-        read = re.sub(r"<(code|pre|annotation|style|script)\b.*?</\1>|<[^>]*>", "", done.stdout, flags=re.S)
+        read = re.sub(r"<(code|pre|annotation|style|script)\b.*?</\1>|<[^>]*>", "", in_html(text_of(site / page), page), flags=re.S)
         assert "\\" not in read, f"{page}: {read[max(0, read.find(chr(92)) - 40):][:80]}"
 
 

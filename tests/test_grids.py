@@ -347,12 +347,12 @@ def test_evenly_spaced_numbers_are_floats_and_round_where_they_can_be():
 
 AXES = [
     (int, "5", [5]), (int, " 5 ", [5]), (int, "[5]", [5]), (int, "1, 2", [1, 2]), (int, "(1, 2)", [1, 2]), (int, "range(3)", [0, 1, 2]),
-    (int, "2:5", [2, 3, 4]), (int, "-2:1", [-2, -1, 0]),
+    (int, "range(2, 5)", [2, 3, 4]), (int, "range(-2, 1)", [-2, -1, 0]),
     (int, "(2**k for k in range(3))", [1, 2, 4]), (int, 5, [5]), (int, [5, 6], [5, 6]), (int, (5, 6), [5, 6]), (int, range(2), [0, 1]),
     (int, iter([1, 2]), [1, 2]),
     (int, {1: 0, 2: 0}.keys(), [1, 2]), (int, np.arange(2), [0, 1]), (int, [np.int64(3), torch.tensor(4)], [3, 4]),
     (int, torch.arange(2), [0, 1]), (int, np.int32(7), [7]),
-    (float, "0.5", [0.5]), (float, "1", [1.0]), (float, "[1e-3, 1]", [1e-3, 1.0]), (float, "0:2", [0.0, 1.0]),
+    (float, "0.5", [0.5]), (float, "1", [1.0]), (float, "[1e-3, 1]", [1e-3, 1.0]), (float, "range(2)", [0.0, 1.0]),
     (float, np.float32(0.5), [0.5]), (float, "float('inf')", [math.inf]), (float, "-1", [-1.0]),
     (bool, "True", [True]), (bool, "[True, False]", [True, False]), (bool, [np.bool_(True)], [True]),
     (str, "sgd", ["sgd"]), (str, "sgd adam", ["sgd adam"]), (str, "007", ["007"]), (str, "5", ["5"]), (str, "0:5", ["0:5"]),
@@ -387,8 +387,8 @@ AXES = [
     (dict[str, int], "{'a': 'b'}", None), (Any, "[1, 'a']", [1, "a"]), (Any, "sgd", None), (Any, "'sgd'", ["sgd"]),
     (Any, "5", [5]), (Any, object(), None), (Any, {1, 2}, None), (Any, b"a", None), (type(None), "None", [None]), (int, {1, 2}, None),
     (int, "20.0", None), (int, "True", None), (int, "'20'", None), (int, "None", None), (int, "1:2:3", None), (int, "a:b", None),
-    (int, "", None), (int, "[]", None), (int, "5:5", None), (int, [], None), (int, "0:10**9", None),
-    (int, "[1, 1]", None), (int, "[1, [2]]", None), (int, itertools.count(), None), (int, "0:999999", None), (float, "True", None),
+    (int, "", None), (int, "[]", None), (int, "range(5, 5)", None), (int, [], None), (int, "0:5", None), (int, "range(10**9)", None),
+    (int, "[1, 1]", None), (int, "[1, [2]]", None), (int, itertools.count(), None), (int, "range(999999)", None), (float, "True", None),
     (float, "[1, 1.0]", None), (float, math.nan, None), (float, [0.1, np.nan], None), (float, "'a'", None),
     (bool, "1", None), (bool, "true", None), (bool, "'True'", None), (Any, [1, 1.0, True, "1"], [1, 1.0, True, "1"]),
     (Any, [[1], (1,)], None), (list[float], [[math.nan]], None), (int, 10**5000, None), (float, 10**400, None),
@@ -503,7 +503,7 @@ def test_a_table():
         ("L,gamma\n1\n", "line 2 of the table has 1 cells for 2 parameters"),
         ("L,gamma\n1,2,3\n", "line 2 of the table has 3 cells for 2 parameters"),
         ("L,gamma\n1,0.5\n\n0.5,0.5\n", "line 4 of the table: parameter 'L' = 0.5: should be a valid integer"),
-        ("L,gamma\n1:4,0.5\n", "a cell holds one value, this has 3"),
+        ("L,gamma\nrange(3),0.5\n", "a cell holds one value, this has 3"),
         ("L,gamma\n,0.5\n", "it is empty"),
         ("L,flag\n1,TRUE\n", "did you mean 'True'?"),
         ('L,method\n1,"a\n', "cannot be read"),
@@ -574,8 +574,8 @@ def test_what_a_sliced_parameter_is_given():
 
 
 def test_one_value_of_a_sliced_parameter():
-    assert axis(single(VECTORISED["seeds"]), "0:3") == [0, 1, 2]
-    assert axis(single(VECTORISED["pairs"]), "0:3") == [0, 1, 2]
+    assert axis(single(VECTORISED["seeds"]), "range(3)") == [0, 1, 2]
+    assert axis(single(VECTORISED["pairs"]), "range(3)") == [0, 1, 2]
     assert axis(single(VECTORISED["plain"]), "['a', 1]") == ["a", 1]
     assert axis(single(VECTORISED["sizes"]), "0:3") == ["0:3"]
     assert axis(single(VECTORISED["sizes"]), "range(3)") == ["0", "1", "2"]

@@ -14,6 +14,7 @@ import optuna
 import pandas as pd
 import pytest
 
+from flatmin_nb.lab.commands import app
 from flatmin_nb.lab.grids import Parameter, SweepError
 from flatmin_nb.lab.search import (
     SearchError,
@@ -26,11 +27,13 @@ from flatmin_nb.lab.search import (
     reports,
     row_of,
     search,
+    search_figures,
     seed_of,
     surrogate_check,
     surrogate_said,
 )
 from flatmin_nb.lab.tasks import load, write_json
+from typer.testing import CliRunner
 
 CELL = 'u: float = 0.5\nv: float = 0.5\nL: int = 20\nschedule: str = "linear"\nout: str = ""'
 
@@ -204,19 +207,23 @@ def test_texts_that_are_none(parameter, text, said, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("space, fixed, said", [
-    ({"w": "uniform(0, 1)"}, {}, "no parameter 'w'"),
-    ({"out": "choice('a', 'b')"}, {}, "'out' is set by the sweep"),
-    ({"u": "0.5"}, {}, "nothing is searched"),
-    ({}, {}, "nothing is searched"),
-    ({"u": "uniform(0, 1)"}, {"u": "0.5"}, "both searched and fixed"),
-    ({"u": "uniform(0, 1)"}, {"L": "[1, 2]"}, "'L' is fixed at 2 values"),
-    ({"u": "uniform(0, 1)"}, {"M": "1"}, "no parameter 'M'"),
+@pytest.mark.parametrize("space, said", [
+    ({"w": "uniform(0, 1)"}, "no parameter 'w'"),
+    ({"out": "choice('a', 'b')"}, "'out' is set by the sweep"),
+    ({"u": "0.5"}, "nothing is searched"),
+    ({}, "nothing is searched"),
+    ({"u": "uniform(0, 1)", "M": "1"}, "no parameter 'M'"),
 ])  # fmt: skip
-def test_spaces_that_do_not_fit_the_notebook(tmp_path, space, fixed, said):
+def test_spaces_that_do_not_fit_the_notebook(tmp_path, space, said):
     with pytest.raises((SearchError, SweepError), match=said):
-        ask(tmp_path / "s", space=space, fixed=fixed)
+        ask(tmp_path / "s", space=space)
     assert not (tmp_path / "s").exists()  # nothing was begun
+
+
+def test_a_parameter_of_one_value_is_not_searched(tmp_path):
+    given = []
+    result = ask(tmp_path / "s", lambda **args: given.append(args["L"]) or toy(**args), SQUARE | {"L": 7, "schedule": "cosine"}, trials=3)
+    assert result.question["fixed"] == {"L": 7, "schedule": "cosine"} and result.question["space"].keys() == {"u", "v"} and set(given) == {7}
 
 
 def test_every_kind_of_dimension_reaches_the_notebook_with_its_type(tmp_path):
@@ -261,7 +268,7 @@ def test_constraints_that_are_none(text):
     ("train_loss", "what training minimises"), ("loss", "what training minimises"), ("alpha_loss", "what training minimises"), ("objective", "what training minimises"),
     ("elbo", "what training minimises"), ("kl", "what training minimises"), ("final_kl", "what training minimises"), ("train_loss_penalised", "what training minimises"), ("penalized_loss", "what training minimises"),
     ("late_train_loss", "what training minimises"),
-    ("test_error", "test images"), ("best_test_error", "test images"), ("test_loss", "test images"), ("test_err", "test images"), ("pruned_error", "test images"),
+    ("test_error", "test images"), ("best_test_error", "test images"), ("test_loss", "test images"), ("test_err", "test images"), ("pruned_error", "test images"), ("error", "test images"), ("err", "test images"),
 ])  # fmt: skip
 @pytest.mark.parametrize("role", ["metric", "constraint", "report"])
 def test_columns_that_select_badly_are_refused_by_name(tmp_path, column, said, role):
@@ -528,7 +535,7 @@ def test_the_folder_is_one_of_a_sweep_too(tmp_path):
 
 @pytest.mark.parametrize("change", [
     dict(metric="distance"), dict(space=dict(u="uniform(0, 2)", v="uniform(0, 1)")), dict(constraints=["distance <= 1"]), dict(sampler="tpe"), dict(seed=1),
-    dict(direction="maximize"), dict(fixed={"L": "5"}), dict(stopping="asha"), dict(on_test=True),
+    dict(direction="maximize"), dict(stopping="asha"), dict(on_test=True),
 ])  # fmt: skip
 def test_another_question_is_refused(tmp_path, change):
     before = ask(tmp_path / "s", trials=3)
@@ -539,11 +546,13 @@ def test_another_question_is_refused(tmp_path, change):
     assert "\n" not in str(caught.value)
     assert (tmp_path / "s" / "study.log").read_bytes() == log
     pd.testing.assert_frame_equal(ask(tmp_path / "s", trials=3).table, before.table)
+    with pytest.raises(SearchError, match="holds a search with fixed = {}, not {'L': 5}; ask the same question"):
+        ask(tmp_path / "s", space=SQUARE | {"L": "5"}, trials=3)
 
 
 def test_other_code_and_another_notebook_are_refused(tmp_path):
     ask(tmp_path / "s", trials=3)
-    with pytest.raises(SearchError, match="holds a search with code = "):
+    with pytest.raises(SearchError, match=r"holds a search of other code: toy.ipynb or flatmin_nb was edited since, .*; take the edit back, or choose another folder$"):
         search(notebook_in(tmp_path / "nb", "print(v, u)"), tmp_path / "s", SQUARE, metric="density", sampler="random", trials=3, workers=Fake(toy))
     with pytest.raises(SweepError, match="holds a sweep of toy.ipynb; choose another folder for other.ipynb"):
         search(notebook_in(tmp_path / "nb", name="other.ipynb"), tmp_path / "s", SQUARE, metric="density", workers=Fake(toy))
@@ -567,6 +576,9 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "s" / "search.json").write_text("{")
     with pytest.raises(SearchError, match="no readable search.json"):
         ask(tmp_path / "s", trials=2)
+    write_json(tmp_path / "s" / "search.json", dict(question=dict(space={})))
+    with pytest.raises(SearchError, match="no readable search.json"):
+        found(tmp_path / "s")
 
 
 # ---- no pickles ----
@@ -829,6 +841,55 @@ def test_a_surrogate_learns_of_finished_trials_only():
 def test_the_surrogate_of_a_search(tmp_path):
     result = ask(tmp_path / "s", trials=10)
     assert result.surrogate["number"].tolist() == [4, 5, 6, 7, 8, 9]
+    last = surrogate_check(result.table, result.question["space"], "density", last=2)  # each still learns of all before it
+    assert last.to_dict("list") == result.surrogate[-2:].to_dict("list")
+
+
+# ---- the command ----
+
+def flatmin(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_says_what_the_surrogate_came_to_and_plot_draws_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("flatmin_nb.lab.sweep.Workers", Fake(toy))
+    words = ["search", notebook_in(tmp_path / "nb"), tmp_path / "s", "-p", "u", SQUARE["u"], "-p", "v", SQUARE["v"], "--metric", "density", "--sampler", "random"]
+    few = flatmin(*words, "--trials", 4)
+    assert few.exit_code == 0 and few.stdout.splitlines()[-1].startswith("fewer than five trials are finished")
+    assert flatmin("plot", tmp_path / "s").stdout.splitlines() == [str(tmp_path / "s" / "figures" / "search.png")]
+    many = flatmin(*words, "--trials", 9)
+    assert many.stdout.splitlines()[-1] == surrogate_said(found(tmp_path / "s").surrogate) and "on 5 trials" in many.stdout
+    for options in ([], ["--metric", "density"]):
+        drawn = flatmin("plot", tmp_path / "s", "--out", tmp_path / "f", *options)
+        assert drawn.stdout.splitlines() == [str(tmp_path / "f" / name) for name in ("search.png", "surrogate.png")]
+        assert all((tmp_path / "f" / name).read_bytes().startswith(b"\x89PNG") for name in ("search.png", "surrogate.png"))
+    assert flatmin("plot", tmp_path / "s", "--metric", "distance", "--x", "u", "--y", "v").stdout.splitlines() == [str(tmp_path / "s" / "figures" / "u-v.png")]
+    other = flatmin("plot", tmp_path / "s", "--metric", "distance")
+    assert other.exit_code == 1 and "this search is by density; leave --metric out" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_the_figures_show_the_trials_and_what_was_predicted(tmp_path):
+    result = ask(tmp_path / "s", trials=10, constraints=["distance <= 0.3"])
+    made = search_figures(result)
+    trials, surrogate = (made[name].axes[0] for name in ("search", "surrogate"))
+    crosses, dots = (line.get_xdata().tolist() for line in trials.lines[:2])
+    assert sorted(crosses + dots) == list(range(10)) and dots == result.table["number"][result.table["feasible"]].tolist()
+    assert surrogate.lines[1].get_xdata().tolist() == result.surrogate["predicted"].tolist() and surrogate.lines[1].get_ydata().tolist() == result.surrogate["actual"].tolist()
+
+
+def test_a_search_without_a_finished_trial_is_not_drawn(tmp_path):
+    result = ask(tmp_path / "s", lambda **_: ([], {}, "failed"), trials=2)
+    with pytest.raises(SearchError, match="no trial of this search has finished yet"):
+        search_figures(result)
+    status = flatmin("status", tmp_path / "s").stdout
+    assert status == "2 failed\n"  # the same command would try none of them again
+
+
+def test_a_sweep_is_drawn_by_a_metric_that_is_named(tmp_path):
+    ask(tmp_path / "s", trials=2)
+    (tmp_path / "s" / "search.json").unlink()
+    result = flatmin("plot", tmp_path / "s")
+    assert result.exit_code == 1 and "name the column to draw" in result.stderr and result.stderr.count("\n") == 1
 
 
 # ---- with Ray and papermill ----

@@ -393,7 +393,7 @@ def test_the_number_that_came_out(tmp_path):
     view = live(2, 0, terminal(100), folder=tmp_path)
     view.ended(task(0))
     assert look(view, 100)[-1].rstrip().endswith("12 s  test_error = 1.25 to 2.5")
-    assert result([{"test_error": "nan", "test_loss": 0.5}]) == "test_loss = 0.5" and result([{"a": 1}], "b") == ""
+    assert result([{"test_error": "nan", "test_loss": 0.5}]) == "test_loss = 0.5" and result([{"a": 1}]) == ""
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -131,8 +131,10 @@ def _sweep(
 
 
 def told(runs: Runs) -> None:
-    "Say how the runs stand, and of those that failed their last lines."
+    "Say how the runs that were asked for stand, and of those that failed their last lines."
     typer.echo(", ".join(f"{count} {status}" for status, count in standing(runs).items()) or "no runs")
+    if runs.older:
+        typer.echo(f"older runs in the folder, not asked for any more: {runs.older}")
     failed = [record for record in runs.tasks if record["status"] == "failed"]
     for record in failed:
         typer.echo(f"failed: {in_words(record)}: {clean(record['error'])} (tasks/{record['task']})", err=True)
@@ -179,9 +181,10 @@ def _status(folder: Annotated[Path, FOLDER]) -> None:
         for record in running:
             attempt = record["attempts"][-1]
             say(f"running: {in_words(record)}, process {attempt['pid']} on {attempt['host']} since {attempt['began']}")
-    elif any(record["status"] not in (*ENDED, "stopped") for record in runs.tasks):
-        what = "search" if (folder / "search.json").exists() else "sweep"
-        typer.echo(f"nobody sweeps into it now; the same flatmin {what} command goes on")
+        return
+    searched = (folder / "search.json").exists()
+    if any(record["status"] not in (*ENDED, *(("failed", "stopped") if searched else ())) for record in runs.tasks):  # a search tries no trial twice
+        typer.echo(f"nobody sweeps into it now; the same flatmin {'search' if searched else 'sweep'} command goes on")
 
 
 @app.command("cancel")
@@ -205,16 +208,26 @@ def _cancel(folder: Annotated[Path, FOLDER]) -> None:
 @app.command("plot")
 def _plot(
     folder: Annotated[Path, FOLDER],
-    metric: Annotated[str, Option("--metric", help="The column to draw, test_error say.")],
+    metric: Annotated[str, Option("--metric", help="The column to draw, test_error say; a search has its own.")] = "",
     x: Annotated[str, Option("--x", metavar="COLUMN", help="Draw one figure over this column and --y, whatever was swept; the lanes of a slice have columns of their own.")] = "",
     y: Annotated[str, Option("--y", metavar="COLUMN")] = "",
     out: Annotated[Path | None, Option("--out", metavar="FOLDER", help="Where the figures go; without it, into figures/ of the sweep.")] = None,
 ) -> None:
-    "Draw one figure for each pair of swept parameters."
+    "Draw one figure for each pair of swept parameters; of a search its trials, and its surrogate beside what came."
     if bool(x) != bool(y):
         raise SweepError("--x and --y come together; give both, or neither")
-    out, runs = out or folder / "figures", load(folder)
-    drawn = figures(runs, metric, (x, y) if x else ())
+    if (folder / "search.json").exists() and not x:
+        from flatmin_nb.lab.search import found, search_figures
+
+        result = found(folder)
+        if metric not in ("", result.question["metric"]):
+            raise SweepError(f"--metric {metric}: this search is by {result.question['metric']}; leave --metric out, or draw another column over two with --x and --y")
+        drawn = search_figures(result)
+    elif metric:
+        drawn = figures(load(folder), metric, (x, y) if x else ())
+    else:
+        raise SweepError("--metric is not given; name the column to draw, --metric test_error say")
+    out = out or folder / "figures"
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         path = out / (re.sub(r"[^\w.-]+", "_", name) + ".png")  # names of columns come from the folder, and may come from elsewhere
@@ -249,7 +262,7 @@ def _search(
     address: Annotated[str, ADDRESS] = "",
 ) -> None:
     "Search for good values of a notebook's parameters. The same command again goes on where it was broken off."
-    from flatmin_nb.lab.search import search
+    from flatmin_nb.lab.search import search, surrogate_said
 
     result = search(
         notebook, folder, pairs(parameters), metric=metric, direction=direction, constraints=constraints, where=where, on_test=on_test, trials=trials, sampler=sampler, seed=seed,
@@ -258,4 +271,5 @@ def _search(
     )  # fmt: skip
     say(result.table.to_string(index=False))
     say(result)
+    say(surrogate_said(result.surrogate))
     raise typer.Exit(1 if (result.table["state"] == "failed").any() else 0)

@@ -495,8 +495,6 @@ def _read(parameter: Parameter, text: str) -> Any:
     kind, is_short = parameter.kind, len(text) <= LETTERS  # `evaluated` refuses what is longer
     if _is_text(kind) and is_short and not _is_python(text):
         return None if text.strip() == "None" and type(None) in get_args(kind) else text
-    if not _is_text(kind) and (ends := re.fullmatch(r"\s*([+-]?\d{1,18}):([+-]?\d{1,18})\s*", text)):
-        return evaluated(f"range({int(ends[1])}, {int(ends[2])})", parameter.name)
     try:
         return evaluated(text, parameter.name)
     except SweepError as error:

@@ -181,24 +181,28 @@ def driven(sweep: Sweep) -> Iterator[None]:
 
 def driver(sweep: Sweep) -> str:
     "Who sweeps into the folder, in words."
+    untried = ", as driver.json says; the lock cannot be tried" if _locked(sweep) is None else ""
     try:
         facts = json.loads((sweep.path / "driver.json").read_text())
-        return f"by process {facts['pid']} on {facts['host']} since {facts['began']}"
+        return f"by process {facts['pid']} on {facts['host']} since {facts['began']}{untried}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "by another process"
+        return f"by another process{untried}"
 
 
 def is_driven(sweep: Sweep) -> bool:
-    "Whether somebody sweeps into the folder now."
-    if not (sweep.path / "driver.json").exists():
-        return False
+    "Whether somebody sweeps into the folder now, or, where the lock cannot be tried, has said so."
+    return (sweep.path / "driver.json").exists() and _locked(sweep) is not False
+
+
+def _locked(sweep: Sweep) -> bool | None:  # None: it cannot be tried, in a folder that may only be read
+    "Whether somebody holds the lock of the folder."
     lock = FileLock(sweep.path / ".lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a folder that may only be read
-        return False
+    except OSError:
+        return None
     lock.release()
     return False
 
@@ -217,10 +221,10 @@ def results_of(
             found += _lanes(folder, tidy(name, json.loads((folder / "run.json").read_text())))
     args = {name: NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in record["args"].items()}
     swept = {name: args[name] for name in dict.fromkeys([*names, *record["swept"]]) if name in args}
-    rows = []
+    ours, rows = {"task_" if "task" in swept else "task": record["task"], **swept}, []
     for row in found or [{}]:
-        clear = {key if key not in swept or swept[key] == value else f"{key}_": value for key, value in row.items()}  # nothing is hidden by a namesake
-        rows.append({"task": record["task"], **swept, "status": record["status"], **clear} | ({} if found else {"seconds": record.get("seconds")}))
+        clear = {key if key not in ours or ours[key] == value else f"{key}_": value for key, value in row.items()}  # nothing is hidden by a namesake
+        rows.append({**ours, "status": record["status"], **clear} | ({} if found else {"seconds": record.get("seconds")}))
     return rows
 
 
@@ -241,11 +245,12 @@ def varied(axes: Mapping[str, Sequence]) -> list[str]:
 class Runs(Sequence):
     "The runs of a sweep, in the order in which they were asked for."
 
-    def __init__(self, sweep: Sweep, records: list[dict], asked: dict, tasks: list[dict], other: int):
+    def __init__(self, sweep: Sweep, records: list[dict], asked: dict, tasks: list[dict], older: int, other: int):
         self.sweep, self._records = sweep, records
         self.axes: dict[str, list] = asked["axes"]  # the values that were asked for, by parameter
         self.swept = varied(self.axes)
-        self.tasks = tasks  # the records of all tasks, with those that wait, run or failed
+        self.tasks = tasks  # the records of what was asked for last, with those that wait, run or failed
+        self.older = older  # runs in the folder, of the same code, that were not asked for last
         self.other_code = other  # runs in the folder that are of other code
         self._table = None
 
@@ -270,7 +275,8 @@ class Runs(Sequence):
         return self._table
 
     def __repr__(self) -> str:
-        return f"{len(self)} of {len(self.tasks)} runs ended, over {', '.join(f'{name} ({len(self.axes[name])})' for name in self.swept)}"
+        ended = sum(record["status"] in ENDED for record in self.tasks)
+        return f"{ended} of {len(self.tasks)} runs ended, over {', '.join(f'{name} ({len(self.axes[name])})' for name in self.swept)}"
 
 
 def load(
@@ -281,17 +287,18 @@ def load(
     "The runs of a sweep that have ended, with the code that was swept last."
     sweep = Sweep(Path(folder))
     asked = sweep.asked()
-    there = {record["task"]: record for record in sweep.records()}
+    there, last = {record["task"]: record for record in sweep.records()}, set(asked["tasks"])
     values = asked["values"]  # of tasks that have no record yet
     order = [*dict.fromkeys([*asked["tasks"], *there])]
-    tasks = [there.get(name) or {"task": name, "status": "waiting"} | ({"args": values[name], "swept": list(values[name])} if isinstance(values.get(name), dict) else {}) for name in order]
-    ours = [record for record in tasks if record.get("code", asked["code"]) == asked["code"]]
-    wanted = [record for record in (tasks if all else ours) if record["status"] in (("failed", "stopped", *ENDED) if all else ENDED)]
-    return Runs(sweep, wanted, asked, ours, sum(record.get("code") not in (asked["code"], None) for record in tasks))
+    records = [there.get(name) or {"task": name, "status": "waiting"} | ({"args": values[name], "swept": list(values[name])} if isinstance(values.get(name), dict) else {}) for name in order]
+    ours = [record for record in records if record.get("code", asked["code"]) == asked["code"]]
+    tasks = [record for record in ours if record["task"] in last]
+    wanted = [record for record in (records if all else ours) if record["status"] in (("failed", "stopped", *ENDED) if all else ENDED)]
+    return Runs(sweep, wanted, asked, tasks, len(ours) - len(tasks), len(records) - len(ours))
 
 # %% ../../nbs/lab/tasks.ipynb #3b0f652f
 def standing(runs: Runs) -> dict[str, int]:
-    "How many tasks wait, run, were interrupted, ended, failed."
+    "How many of the tasks that were asked for last wait, run, were interrupted, ended, failed."
     driven_now = is_driven(runs.sweep)
     counts = dict.fromkeys((*STATUSES, "interrupted", "waiting"), 0)
     for record in runs.tasks:

@@ -163,7 +163,7 @@ def test_names():
     known(["L", "gamma"], parameters)
     assert refusal(known, ["LL"], parameters) == "no parameter 'LL'; did you mean 'L'?"
     for name in SETS_ITSELF:
-        assert "set by the sweep" in refusal(known, ["L", name], parameters)
+        assert "is the sweep's" in refusal(known, ["L", name], parameters)
 
 
 # ---- values ----
@@ -498,7 +498,7 @@ def test_a_table():
         ("L,gamma\n", "the table has no points"),
         ("L,gama\n1,2\n", "no parameter 'gama'; did you mean 'gamma'?"),
         ("L,\n1,2\n", "no parameter ''"),
-        ("L,out\n1,2\n", "set by the sweep"),
+        ("L,out\n1,2\n", "is the sweep's"),
         ("L,L\n1,2\n", "two columns 'L'"),
         ("L,gamma\n1\n", "line 2 of the table has 1 cells for 2 parameters"),
         ("L,gamma\n1,2,3\n", "line 2 of the table has 3 cells for 2 parameters"),
@@ -552,7 +552,7 @@ def test_declared_slices(sources, names):
         (["SLICES = ('sizes',)", "SLICES = ('sizes',)"], "more than once"),
         (["SLICES = ('sizes', 'sizes')"], "twice"),
         (["SLICES = ('size',)"], "SLICES: no parameter 'size'; did you mean 'sizes'?"),
-        (["SLICES = ('out',)"], "SLICES: parameter 'out' is set by the sweep"),
+        (["SLICES = ('out',)"], "SLICES: parameter 'out' is the sweep's"),
         (["SLICES = ('lr',)"], "'lr' is float"),
         (["SLICES = ('choice',)"], "'choice' is Literal"),
         (["SLICES = ('sizes',)\nx = ="], "cannot be read"),

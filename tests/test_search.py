@@ -83,8 +83,8 @@ class Fake:
         self.submitted[task.name] += 1
         self.in_flight[task.name] = task
 
-    def stop(self, task, status="stopped"):
-        self.over.append(self.record(task, status))
+    def stop(self, task):
+        self.over.append(self.record(task, "stopped"))
         self.sweep.write(self.over[-1])
         del self.in_flight[task.name]
 
@@ -209,7 +209,7 @@ def test_texts_that_are_none(parameter, text, said, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("space, said", [
     ({"w": "uniform(0, 1)"}, "no parameter 'w'"),
-    ({"out": "choice('a', 'b')"}, "'out' is set by the sweep"),
+    ({"out": "choice('a', 'b')"}, "'out' is the sweep's"),
     ({"u": "0.5"}, "nothing is searched"),
     ({}, "nothing is searched"),
     ({"u": "uniform(0, 1)", "M": "1"}, "no parameter 'M'"),

@@ -69,6 +69,16 @@ def test_a_notebook_that_vectorises_is_handed_slices(tmp_path):
     assert [task.asked["seeds"] for task in grown.tasks] == ["2", "2"]
 
 
+def test_a_table_names_values_of_a_slice(tmp_path):
+    "Of a parameter that takes a list, as of one that takes words."
+    cells = [dict(cell_type="code", id=name, metadata={"tags": [name]}, source=source, outputs=[], execution_count=None)
+             for name, source in dict(parameters="seeds: list[int] = [0]\nwords: str = 'a'\nh: int = 3\nout: str = ''", code="SLICES = ('seeds', 'words')").items()]  # fmt: skip
+    (tmp_path / "any.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    (tmp_path / "points.csv").write_text("seeds,words,h\n0,a,1\n1,a,1\n")
+    [task] = plan(tmp_path / "any.ipynb", tmp_path / "s", {}, table=tmp_path / "points.csv").tasks
+    assert task.asked == {"seeds": [0, 1], "words": "a", "h": 1}
+
+
 def test_lanes_of_a_slice_are_rows(tmp_path):
     (task,) = ended(tmp_path, {"seeds": "range(2)"}, REGIMES)
     folder = Sweep(tmp_path).folder(task.name) / "out" / "sgd"
@@ -91,7 +101,7 @@ def test_zip_and_table(tmp_path):
         (["-p", "LL", "[1]"], "no parameter 'LL'; did you mean 'L'?"),
         (["-p", "L", "[1.5]"], "parameter 'L' = 1.5: should be a valid integer"),
         (["-p", "L", "__import__('os')"], "no function '__import__'"),
-        (["-p", "out", "x"], "is set by the sweep"),
+        (["-p", "out", "x"], "is the sweep's"),
         (["-p", "L", "[1]", "-p", "L", "[2]"], "-p L is given twice"),
         (["-p", "L"], "-p"),
         (["-p", "L", "[1, 2]", "--zip", "L gama"], "zipped 'L gama'"),

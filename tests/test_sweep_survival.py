@@ -12,17 +12,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import flatmin_nb
+import flatmin_nb.lab.sweep as module
 import psutil
 import pytest
 import torch
+from flatmin_nb.lab.errors import OneLineError
 from flatmin_nb.lab.files import FolderError
-from flatmin_nb.lab.notebooks import identity, package_code, read_notebook
-from flatmin_nb.lab.sweep import Workers, run_task
+from flatmin_nb.lab.grids import SweepError
+from flatmin_nb.lab.notebooks import PATIENCE, identity, package_code, read_notebook
+from flatmin_nb.lab.results import Run
+from flatmin_nb.lab.sweep import Cluster, Workers, run_task
 from flatmin_nb.lab.sweep import sweep as sweep_of
 from flatmin_nb.lab.tasks import Sweep, driven, is_driven, load, standing, task_of, write_json
 
@@ -92,6 +98,9 @@ if what == "loses_its_worker" and first_time():
     time.sleep(1000)
 if what == "raises" and not (place / "mended").exists():
     raise ValueError("no such luck")
+if what == "edits":
+    with open(place / "package" / "flatmin_nb" / "lab" / "scaling.py", "a") as module:
+        module.write("\nEDITED = True\n")
 if what == "fills":
     (out / "large").write_bytes(bytes(4_000_000))
 
@@ -463,7 +472,7 @@ def test_a_run_knows_its_group_and_no_gpu_and_no_secret(story):
 @pytest.mark.slow
 def test_what_is_other_code_and_what_is_not(story, tmp_path):
     "A dry run tells how many runs of the folder are taken for those that are asked for."
-    toy, package = story.toy, tmp_path / "package" / "flatmin_nb"
+    toy = story.toy
 
     def ended(*cells, **environment) -> int:
         notebook = notebook_of(tmp_path / toy.notebook.name, *cells)
@@ -476,7 +485,7 @@ def test_what_is_other_code_and_what_is_not(story, tmp_path):
     assert ended(parameters, ("markdown", "Other words."), CODE, ("markdown", "And more.")) == 8
     assert ended(parameters, words, CODE.replace("seed**2", "seed**3")) == 0
     assert ended(parameters.replace("seed: int = 0", "seed: int = 1"), words, CODE) == 0
-    shutil.copytree(Path(flatmin_nb.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    package = copied_package(tmp_path)
     assert ended(parameters, words, CODE, PYTHONPATH=str(package.parent)) == 8
     with open(package / "lab" / "scaling.py", "a") as module:
         module.write("\nEDITED = True\n")
@@ -533,8 +542,8 @@ def test_a_driver_that_is_killed(toy, cluster):
 def test_ctrl_c(toy):
     driver, processes = begun(toy)
     interrupted(toy, driver, "SIGINT")
-    assert toy.to_the_end(driver) == 130
     gone(processes)  # Ray's own too
+    assert toy.to_the_end(driver) == 130
     assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
     assert list(toy.scratch.iterdir()) == []
     assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "cancelled", "holds-1": "cancelled"}
@@ -552,8 +561,8 @@ def test_a_sweep_in_the_background(toy):
     with pytest.raises(subprocess.TimeoutExpired):
         driver.process.wait(timeout=2)
     driver.process.send_signal(signal.SIGTERM)
-    assert toy.to_the_end(driver) == 130
     gone(processes)
+    assert toy.to_the_end(driver) == 130
     assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
     assert toy.status() == {"ends-0": "finished", "ends-1": "finished", "ends-2": "finished", "holds-0": "cancelled", "holds-1": "cancelled"}
 
@@ -570,6 +579,21 @@ def test_ctrl_c_while_ray_starts(toy):
     assert toy.status() == {}
 
 
+def copied_package(folder: Path) -> Path:
+    "A copy of this package, which may be edited."
+    return Path(shutil.copytree(Path(flatmin_nb.__file__).parent, folder / "package" / "flatmin_nb", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.slow
+def test_a_package_that_is_edited_while_a_run_uses_it(toy, monkeypatch):
+    package = copied_package(toy.place)
+    monkeypatch.chdir(toy.place)  # Ray and kernels look for modules in the current folder first
+    result = toy.flatmin("sweep", toy.notebook, toy.folder, "-p", "what", "edits", PYTHONPATH=str(package.parent))
+    assert result.returncode == 1 and "was edited during a run" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert toy.status() == {"edits-0": "failed"} and toy.log()["ended edits-0"] == 1
+    assert [path.parent.name for path in toy.folder.glob("tasks/*/*/run.json")] == ["out.old-1"]
+
+
 # ---- on a cluster, which is there before its drivers and after them ----
 
 @pytest.mark.slow
@@ -577,8 +601,8 @@ def test_ctrl_c_while_ray_starts(toy):
 def test_a_sweep_that_is_ended(way, toy, cluster):
     driver, processes = begun(toy, "--address", cluster.address)
     told = interrupted(toy, driver, way)
-    assert toy.to_the_end(driver) == 130
     gone(processes)
+    assert toy.to_the_end(driver) == 130
     if told:
         assert told.returncode == 0 and re.fullmatch(rf"ended the sweep by process {driver.process.pid} on \S+ since \S+\n", told.stdout)
     assert driver.err().splitlines()[-1] == "Error: stopped" and "Traceback" not in driver.err()
@@ -715,8 +739,8 @@ def test_ctrl_c_gives_the_memory_of_the_gpu_back(toy):
     processes = [*toy.holding(1, "holds_memory-*"), *toy.processes(driver)]
     assert torch.cuda.mem_get_info()[0] < before - 2**29
     interrupted(toy, driver, "SIGINT")
-    assert toy.to_the_end(driver) == 130
     gone(processes)
+    assert toy.to_the_end(driver) == 130
     until(lambda: torch.cuda.mem_get_info()[0] > before - 2**28, "memory as before", 10)
 
 
@@ -859,6 +883,200 @@ def test_what_ended_in_the_meantime_does_not_run_again(toy):
         result = run_task(str(toy.folder), record, task.asked, session="session", takes_out=True, cwd=str(toy.place), environment={}, package=package_code())
         assert result == sweep.record(task.name) and result["status"] == "finished" and len(result["attempts"]) == 1
     assert toy.log() == {}
+    module._put_down(sweep, record | {"status": "cancelled"})  # by a driver that had not heard of it
+    assert result == sweep.record(task.name)
+
+
+def held(folder: Path) -> subprocess.Popen:
+    "Another process that holds a folder's lock."
+    holds = "import sys, time; from pathlib import Path; from flatmin_nb.lab.files import claimed; lock = claimed(Path(sys.argv[1])); print(flush=True); time.sleep(1000)"
+    process = subprocess.Popen([sys.executable, "-c", holds, folder], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+class Here:
+    "In place of a cluster: run_task in this process, with a function of the task's folder in place of a kernel."
+
+    slots, session, wanted = 1, "session", {"CPU": 1, "GPU": 0}
+
+    def __init__(self, monkeypatch, run: Callable[[Path], None]):
+        self.starts, self.records = 0, []
+
+        def execute(notebook, asked, folder, **_) -> tuple[str, str]:
+            self.starts += 1
+            try:
+                run(folder)
+            except (OneLineError, OSError) as error:
+                return "failed", f"{type(error).__name__}: {error}"
+            return "finished", ""
+
+        monkeypatch.setattr(module, "_marked_worker", lambda session: (f"{session}/", None))
+        monkeypatch.setattr(module, "execute", execute)
+
+    def start(self, *arguments, **keywords) -> int:
+        self.records.append(run_task(*arguments, **keywords))
+        return len(self.records) - 1
+
+    def ended(self, references: list, seconds: float, count: int = 1) -> list:
+        return list(references)
+
+    def result(self, reference: int) -> dict:
+        return self.records[reference]
+
+
+def worked(toy: Toy, monkeypatch, run: Callable[[Path], None], before: Callable[[Path], None] = lambda folder: None, retries: int = 0) -> SimpleNamespace:
+    "What becomes of a task in whose folder there is something."
+    notebook, sweep = read_notebook(toy.notebook), Sweep(toy.folder)
+    task = task_of(notebook, {"seed": 1})
+    folder = sweep.folder(task.name)
+    folder.mkdir(parents=True)
+    write_json(sweep.path / "sweep.json", {})
+    before(folder)
+    cluster, workers = Here(monkeypatch, run), Workers(sweep, notebook, ["seed"], retries=retries)
+    workers.cluster = cluster
+    workers.submit(task)
+    records = []
+    while workers.in_flight:
+        records += workers.wait()
+    return SimpleNamespace(record=records[0], disk=sweep.record(task.name), folder=folder, starts=cluster.starts)
+
+
+def checkpoint_in(folder: Path) -> None:
+    "What an attempt leaves that was killed: a run that is finished, and one that could be gone on with."
+    Run(folder / "out" / "sgd", {"seed": 1}).finish(None, None)
+    run = Run(folder / "out" / "adam", {"seed": 1})
+    run.save_checkpoint({"steps": 2})
+    run._lock.release(force=True)
+
+
+def test_what_a_run_cannot_go_on_from_is_set_aside(toy, monkeypatch):
+    came = worked(toy, monkeypatch, lambda folder: Run(folder / "out" / "sgd", {"seed": 1}).finish(None, None), checkpoint_in)
+    assert came.record["status"] == "finished" and came.starts == 2
+    assert (came.folder / "out.old-1" / "adam" / "checkpoint.pt").exists() and not (came.folder / "out" / "adam").exists()
+
+
+def no_folder(folder: Path) -> None:
+    (folder / "file").touch()
+    Run(folder / "file" / "data", {})
+
+
+def in_use(folder: Path) -> None:
+    process = held(folder / "out" / "adam")
+    try:
+        Run(folder / "out" / "adam", {"seed": 1})
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("run, starts, outcome, said", [(no_folder, 1, "failed", "cannot be written"), (in_use, 2, "died", "another process is writing")])
+def test_any_other_trouble_with_a_folder_leaves_checkpoints_where_they_are(run, starts, outcome, said, toy, monkeypatch):
+    came = worked(toy, monkeypatch, run, checkpoint_in, retries=1)
+    assert came.record["status"] == came.disk["status"] == "failed" and said in came.record["error"]
+    assert came.starts == starts and outcomes(came.disk) == [outcome] * starts
+    assert (came.folder / "out" / "adam" / "checkpoint.pt").exists() and not (came.folder / "out.old-1").exists()
+
+
+@pytest.mark.parametrize("says", ["running", "finished"])
+def test_the_record_of_a_task_that_another_process_holds_is_left_alone(says, toy, monkeypatch):
+    holder = []
+
+    def owned(folder: Path) -> None:
+        record = module._begun(task_of(read_notebook(toy.notebook), {"seed": 1}), read_notebook(toy.notebook), ["seed"])
+        attempt = dict(host="other", pid=1, began="", ended="", seconds=0.0, outcome=says)
+        holder.append(held(folder))
+        write_json(folder / "task.json", record | dict(status=says, attempts=[attempt]))
+
+    assert module._claimed_in_time.__defaults__[0] > PATIENCE  # what held it may be waiting for its guardian
+    monkeypatch.setattr(module, "_claimed_in_time", partial(module._claimed_in_time, seconds=0.3))
+    try:
+        came = worked(toy, monkeypatch, lambda folder: None, owned, retries=1)
+    finally:
+        holder[0].kill()
+        holder[0].wait()
+    assert came.starts == 0 and came.disk["status"] == says and outcomes(came.disk) == [says]
+    if says == "running":
+        assert came.record["status"] == "failed" and "died 2 times, at last of another process is writing to the run folder" in came.record["error"]
+    else:
+        assert came.record == came.disk
+
+
+def test_a_package_that_is_edited_during_a_run_is_no_result(toy, monkeypatch, tmp_path):
+    package = copied_package(tmp_path)
+    monkeypatch.setattr(flatmin_nb, "__file__", str(package / "__init__.py"))
+
+    def edits(folder: Path) -> None:
+        Run(folder / "out", {"seed": 1}).finish(None, None)
+        edit(folder)
+
+    def edit(folder: Path) -> None:
+        with open(package / "lab" / "scaling.py", "a") as file:
+            file.write("\nEDITED = True\n")
+
+    with pytest.raises(SweepError, match=r"was edited during a run, so its result, which is kept in '.*out\.old-1', may be of either code"):
+        worked(toy, monkeypatch, edits)
+    [folder] = toy.folder.glob("tasks/*")
+    assert Sweep(toy.folder).record(folder.name)["status"] == "failed" and not (folder / "out").exists() and (folder / "out.old-1" / "run.json").exists()
+    shutil.rmtree(toy.folder)
+    with pytest.raises(SweepError, match="is not the code that this sweep began with"):
+        worked(toy, monkeypatch, edits, before=edit)
+    [folder] = toy.folder.glob("tasks/*")
+    assert not (folder / "out").exists()  # it was not run
+    shutil.rmtree(toy.folder)
+    assert worked(toy, monkeypatch, lambda folder: None).disk["status"] == "finished"  # of the new code
+
+
+def test_no_sweep_without_a_guardian(tmp_path, monkeypatch):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'ModuleNotFoundError: No module named flatmin_nb' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    monkeypatch.setattr(module, "_ray", lambda *_: pytest.fail("Ray was started"))
+    with pytest.raises(SweepError, match=r"no guardian can be started \(ModuleNotFoundError: No module named flatmin_nb\)"), Cluster():
+        pass
+
+
+def ray_of(monkeypatch, machines: list[dict], knows: bool = True) -> list[str | None]:
+    "In place of Ray, which was imported before: the tokens that it has read."
+    read, alive = [], [dict(Alive=True, Resources=machine) for machine in machines]
+    ray, raylet = ModuleType("ray"), ModuleType("ray._raylet")
+    ray.is_initialized, ray.nodes, ray.remote = lambda: False, lambda: alive, lambda **_: lambda function: function
+    raylet.Config = SimpleNamespace(initialize=lambda text: None)
+    raylet.AuthenticationTokenLoader = SimpleNamespace(instance=lambda: SimpleNamespace(reset_cache=lambda: read.append(os.environ.get("RAY_AUTH_TOKEN"))))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray._raylet", raylet if knows else None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the cluster")
+    monkeypatch.setattr(module, "guarded", lambda mark: nullcontext())
+    monkeypatch.setattr(module, "_ray", lambda address, mark: nullcontext((ray, not address)))
+    return read
+
+
+def test_a_token_ends_with_its_cluster(monkeypatch, capsys):
+    read = ray_of(monkeypatch, [])
+    with module._variables(""):
+        mine = os.environ["RAY_AUTH_TOKEN"]
+        assert len(mine) == 64 and read[-1] == mine
+    assert os.environ["RAY_AUTH_TOKEN"] == read[-1] == "of the cluster"
+    with module._variables("10.0.0.1:6379"):
+        assert os.environ["RAY_AUTH_TOKEN"] == read[-1] == "of the cluster" and os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_token_that_cannot_be_set_is_told(monkeypatch, capsys):
+    ray_of(monkeypatch, [], knows=False)
+    with module._variables(""):
+        assert os.environ["RAY_AUTH_TOKEN"] == "of the cluster"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("Ray was imported before the sweep and takes no token any more")
+
+
+@pytest.mark.parametrize("machines, waits", [([{"CPU": 8}], True), ([{"CPU": 8}, {"GPU": 1}], True), ([{"CPU": 8}, {"CPU": 1, "GPU": 1}], False)])
+def test_what_a_cluster_has_not_got_yet_is_told(machines, waits, monkeypatch, capsys):
+    ray_of(monkeypatch, machines)
+    with Cluster(address="10.0.0.1:6379", gpus_per_run=1):
+        pass
+    assert capsys.readouterr().err == "no machine of the cluster has CPU: 1, GPU: 1 yet; waiting for one\n" * waits
 
 
 def test_who_drives_is_told_and_the_next_may_when_it_is_gone(toy):

@@ -183,17 +183,17 @@ def declared(
     return found
 
 # %% ../../nbs/lab/grids.ipynb #38ab041c
-SETS_ITSELF = ("out", "overwrite", "progress")  # parameters that are the sweep's: where each run writes, and how
+SETS_ITSELF = ("out", "overwrite", "progress")  # parameters that nobody sweeps; `out` is set for each run, the others stay as they are
 
 
 def known(
     names: Iterable[str],  # of parameters that shall be swept or fixed
     parameters: dict[str, Parameter],
 ) -> None:
-    "Refuse names that are no parameters, and parameters that the sweep sets."
+    "Refuse names that are no parameters, and parameters that are the sweep's."
     for name in names:
         if name in SETS_ITSELF:
-            raise SweepError(f"parameter {name!r} is set by the sweep for each run, so it cannot be asked for; leave it out")
+            raise SweepError(f"parameter {name!r} is the sweep's: each run has a folder of its own, and goes on from what is there; leave it out")
         if name not in parameters:
             raise SweepError(no_such("parameter", name, [other for other in parameters if other not in SETS_ITSELF]))
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .errors import OneLineError
-from .files import NOT_FINITE, FolderError, claimed, now, plain, written_whole
+from .files import NOT_FINITE, TakenError, claimed, now, plain, written_whole
 
 # %% ../../nbs/lab/results.ipynb #657b73cc
 def versions() -> dict[str, str]:
@@ -99,9 +99,9 @@ def read_record(folder: Path) -> dict | None:
     except FileNotFoundError:
         pass
     except ValueError:
-        raise FolderError(f"'{folder / 'run.json'}' is not a record of a run; move it away or choose another folder") from None
+        raise TakenError(f"'{folder / 'run.json'}' is not a record of a run; move it away or choose another folder") from None
     if found := files_of(folder):
-        raise FolderError(f"the folder '{folder}' holds {found[0].name} but no run.json; move it away or choose another folder")
+        raise TakenError(f"the folder '{folder}' holds {found[0].name} but no run.json; move it away or choose another folder")
     return None
 
 # %% ../../nbs/lab/results.ipynb #e1c78b0d
@@ -110,16 +110,16 @@ def refuse_to_lose(
     parameters: dict,  # what is asked for now, plain
     folder: Path,
 ) -> None:
-    "Raise FolderError unless `record` is of an unfinished run with the same parameters."
+    "Raise TakenError unless `record` is of an unfinished run with the same parameters."
     remedy = "give overwrite=True to replace it, or choose another folder"
     theirs, unlike = record["parameters"], ""
     for name in [*parameters, *theirs]:
         if not unlike and (then := theirs.get(name, "not given")) != (now := parameters.get(name, "not given")):
             unlike = f"{name} = {then}, not {now}"
     if record["status"] not in UNFINISHED:
-        raise FolderError(f"'{folder}' holds a run that is {record['status']}{', with ' * bool(unlike)}{unlike}; {remedy}")
+        raise TakenError(f"'{folder}' holds a run that is {record['status']}{', with ' * bool(unlike)}{unlike}; {remedy}")
     if unlike:
-        raise FolderError(f"'{folder}' holds an unfinished run with {unlike}; {remedy}")
+        raise TakenError(f"'{folder}' holds an unfinished run with {unlike}; {remedy}")
 
 # %% ../../nbs/lab/results.ipynb #b1c7db9f
 def ended(
@@ -251,7 +251,7 @@ def nothing_to_lose(record: dict, folder: Path) -> bool:
 
 
 def opened(folder: Path, parameters: dict, tag: str, overwrite: bool) -> dict:
-    "The record to go on with in `folder`: a new one, or that of the unfinished run there. FolderError if one would be lost."
+    "The record to go on with in `folder`: a new one, or that of the unfinished run there. TakenError if one would be lost."
     record = None if overwrite else read_record(folder)
     if record is None or nothing_to_lose(record, folder):
         erase(folder)

@@ -469,7 +469,7 @@ def look(search: UnderWay) -> None:
     for name in [name for name in search.waiting if name in search.workers.in_flight and name not in search.stopped]:
         if judged(search, search.waiting[name][0], reports_of(search, name), whole=False):
             search.stopped.add(name)
-            search.workers.stop(search.workers.in_flight[name], "stopped")
+            search.workers.stop(search.workers.in_flight[name])
 
 # %% ../../nbs/lab/search.ipynb #fee23acf
 def measured(search: UnderWay, record: dict) -> dict[str, float]:

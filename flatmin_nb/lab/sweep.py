@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from .errors import OneLineError
-from .files import FolderError, claimed, now
+from .files import InUseError, claimed, now
 from .grids import SweepError, axis, combinations, known, rows_of, single
-from .notebooks import MARK, Notebook, adopt_orphans, end_all, environment_of, execute, guarded, last_lines, package_code, read_notebook
+from .notebooks import MARK, PATIENCE, Notebook, adopt_orphans, end_all, environment_of, execute, guarded, last_lines, package_code, read_notebook
 from .tasks import ENDED, Runs, Sweep, Task, driven, load, lost, planned, varied, write_json
 
 # %% ../../nbs/lab/sweep.ipynb #3145b565
@@ -42,16 +43,32 @@ def _marked_worker(session: str) -> tuple[str, Any]:
     return mark, pipe
 
 
-def _claimed_in_time(folder: Path, seconds: float = 20.0) -> Any:
-    "The lock of a task's folder. What held it before may take a moment to die."
+def _claimed_in_time(folder: Path, seconds: float = PATIENCE + 30) -> Any:
+    "The lock of a task's folder. What held it before may take as long to die as its guardian goes on."
     deadline = time.monotonic() + seconds
     while True:
         try:
             return claimed(folder)
-        except FolderError as error:
-            if "another process" not in str(error) or time.monotonic() > deadline:
+        except InUseError:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def _put_down(sweep: Sweep, record: dict) -> None:
+    "Write the record of a task that nobody works on any more; whoever does will write it, and what has ended stays so."
+    with suppress(OSError):  # in use, or a full disk: what the record says then is not an end
+        lock = claimed(sweep.folder(record["task"]))
+        try:
+            if sweep.record(record["task"])["status"] not in ENDED:
+                sweep.write(record)
+        finally:
+            lock.release(force=True)
+
+
+def _set_aside(out: Path) -> Path:
+    "Give what a run left another name beside it, so that the next begins anew and nothing is lost."
+    return out.rename(next(path for number in count(1) if not (path := out.with_name(f"out.old-{number}")).exists()))
 
 
 def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
@@ -79,35 +96,45 @@ def run_task(
     if package_code() != package:
         return record | dict(status="refused", error=f"flatmin_nb on {here} is not the code that this sweep began with; give the command again if it was edited since, install the same on all machines if it was not")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = _claimed_in_time(folder)
         before = sweep.record(record["task"])
         if before["status"] in ENDED:  # by a worker of an earlier driver, after this one had looked
             lock.release(force=True)
             return before
         record |= dict(status="running", attempts=[*lost(before), attempt])
+        mark = _marked_worker(session)[0] + record["task"]
         sweep.write(record)
-        mark, where = _marked_worker(session)[0] + record["task"], Path(cwd) if Path(cwd).is_dir() else sweep.path
-        went_on = (folder / "out").exists()
+        where, out = Path(cwd) if Path(cwd).is_dir() else sweep.path, folder / "out"
+        went_on = out.exists()
         again = lambda: execute(sweep.notebook(record["code"]), asked, folder, mark=mark, takes_out=takes_out, cwd=where, environment=environment, family=True)
         status, error = again()
-        if status == "failed" and error.startswith("FolderError") and went_on:  # a notebook that cannot go on from what an earlier attempt left
-            shutil.rmtree(folder / "out")
+        if error.startswith("TakenError: ") and went_on:  # a notebook that cannot go on from what an earlier attempt left
+            _set_aside(out)
             status, error = again()
+        if error.startswith("InUseError: "):  # by what an earlier attempt left running, which its guardian will end
+            status = "died"
+        if package_code() != package:  # and nobody knows which of the two codes ran
+            kept = f", which is kept in '{_set_aside(out)}'," if out.exists() else ""
+            status, error = "refused", f"flatmin_nb on {here} was edited during a run, so its result{kept} may be of either code; give the command again"
     except KeyboardInterrupt:
         status, error = "cancelled", ""
+    except InUseError as trouble:  # by an owner that lives; the record is its own
+        status, error = "died", str(trouble)
+    except SweepError as trouble:  # there is no guardian
+        status, error = "refused", str(trouble)
     except (OneLineError, OSError) as trouble:
         status, error = "failed", str(trouble)
+    if not lock:
+        return record | dict(status=status, error=error, attempts=sweep.record(record["task"]).get("attempts", []))
     seconds = round(time.monotonic() - began, 3)
     attempt |= dict(ended=now(), seconds=seconds, outcome=status)
     record |= dict(status=status, seconds=seconds, error=error)
     try:
-        sweep.write(record)
+        sweep.write(record | ({"status": "failed"} if status == "refused" else {}))
     except OSError as trouble:  # a run whose end cannot be written down has not ended
         record |= dict(status="failed", error=f"its record cannot be written ({trouble.strerror or trouble})")
     finally:
-        if lock:
-            lock.release(force=True)
+        lock.release(force=True)
     return record
 
 # %% ../../nbs/lab/sweep.ipynb #a87a9195
@@ -115,12 +142,39 @@ TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 LEAVE = {"RAY_kill_child_processes_on_worker_exit": "0"}  # a worker that kills only its children makes orphans of theirs; the guardian kills all
 
 
+def _reread() -> bool:
+    "Have Ray look at its variables again, for it keeps what it has read; whether it could be asked to."
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config
+    except ImportError:  # Ray does not promise them
+        return False
+    Config.initialize("")  # the mode first: where a token is wanted and none is there, Ray ends the process
+    AuthenticationTokenLoader.instance().reset_cache()
+    return True
+
+
+@contextmanager
+def _variables(address: str) -> Iterator[None]:
+    "What Ray reads in the environment, for a while: no reports, and for a cluster of this machine a token of its own."
+    ray, token = sys.modules.get("ray"), {} if address else dict(zip(TOKEN, ("token", secrets.token_hex(32))))
+    if ray and ray.is_initialized():  # by whoever calls
+        yield
+        return
+    if token and ray and not _reread():
+        print("Ray was imported before the sweep and takes no token any more, so whoever reaches its ports can use it; sweep in a new process", file=sys.stderr)
+        token = {}
+    try:
+        with environment_of({"RAY_USAGE_STATS_ENABLED": "0", **token}):
+            _reread()
+            yield
+    finally:
+        if "ray" in sys.modules:  # it is not where Ctrl-C came first
+            _reread()
+
+
 @contextmanager
 def _ray(address: str, mark: str) -> Iterator[tuple[Any, bool]]:
     "Ray, connected to the cluster at an address, or, without one, to a cluster of this machine that ends with the block; and whether it is such a one."
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if not address and "ray" not in sys.modules:  # it reads them when it is imported
-        os.environ |= dict(zip(TOKEN, ("token", secrets.token_hex(32))))
     try:
         import ray
     except ImportError:
@@ -171,10 +225,14 @@ class Cluster:
         with ExitStack() as stack:
             stack.callback(end_all, f"{self.session}/")  # on this machine; on others the guardians see to it
             stack.enter_context(guarded(f"{self.session}/"))
+            stack.enter_context(_variables(self.address))
             self.ray, own = stack.enter_context(_ray(self.address, f"{self.session}/ray"))
             for what, wanted in self.wanted.items():
                 if not self.address and wanted > (there := self.ray.cluster_resources().get(what, 0)):
                     raise SweepError(f"a run asks for {what}: {wanted:g}, and this machine has {there:g}; give less with --{what.lower()}s-per-run, or --address of a cluster that has it")
+            machines = [machine["Resources"] for machine in self.ray.nodes() if machine["Alive"]]
+            if not any(all(machine.get(what, 0) >= wanted for what, wanted in self.wanted.items()) for machine in machines):
+                print(f"no machine of the cluster has {', '.join(f'{what}: {wanted:g}' for what, wanted in self.wanted.items() if wanted)} yet; waiting for one", file=sys.stderr)
             told = {"runtime_env": {"env_vars": LEAVE}} if not own else {}
             self._run = self.ray.remote(max_retries=0, num_cpus=self.wanted["CPU"], num_gpus=self.wanted["GPU"], **told)(run_task)
             self._open = stack.pop_all()
@@ -262,10 +320,10 @@ def _heard(
     begun: dict,  # the record of a task that has not run
 ) -> dict:
     "The record of a task of which something was heard."
+    if known["status"] in ENDED:  # perhaps only the news of it were lost
+        return known
     if not isinstance(result, str):
         return dict(result)
-    if known["status"] in ENDED:  # it ended, and only the news of it were lost
-        return known
     return begun | known | {"status": "died", "error": result, "attempts": lost(known)}
 
 # %% ../../nbs/lab/sweep.ipynb #1444b41a
@@ -285,7 +343,7 @@ class Workers:
         self.sweep, self.notebook, self.swept, self.at_once, self.retries = sweep, notebook, list(swept), at_once, retries
         self.cluster = Cluster(**cluster)
         self.in_flight, self._waiting, self._given, self._over = {}, deque(), {}, []  # by name: Task; tasks; by Ray's reference: Task; records
-        self._deaths, self._called = Counter(), {}  # by name: how often; by name: what it will be called, for it was stopped
+        self._deaths, self._stopped = Counter(), set()  # by name: how often; names
 
     def __enter__(self) -> "Workers":
         with ExitStack() as stack:
@@ -302,8 +360,7 @@ class Workers:
             self._open.close()
             for name in self.in_flight:
                 if (record := self.sweep.record(name))["status"] == "running":
-                    with suppress(OSError):  # a full disk; it says running, which is not ended
-                        self.sweep.closed(record, "cancelled")
+                    _put_down(self.sweep, record | {"status": "cancelled", "attempts": lost(record)})
 
     @property
     def slots(self) -> int:
@@ -315,13 +372,13 @@ class Workers:
         self._waiting.append(task)
         self.in_flight[task.name] = task
 
-    def stop(self, task: Task, status: str = "stopped") -> None:
+    def stop(self, task: Task) -> None:
         "End a task, or take it from the queue; `wait` will tell."
         if task in self._waiting:
             self._waiting.remove(task)
-            self._end(_begun(task, self.notebook, self.swept) | {"status": status})
+            self._end(_begun(task, self.notebook, self.swept) | {"status": "stopped"})
         for reference in [reference for reference, given in self._given.items() if given is task]:
-            self._called[task.name] = status
+            self._stopped.add(task.name)
             self.cluster.cancel(reference)
 
     def wait(self, seconds: float = 0.3) -> list[dict]:
@@ -341,7 +398,7 @@ class Workers:
         environment = _environment(task, self.sweep.path.resolve().name, self.cluster.wanted["GPU"])
         return self.cluster.start(
             str(self.sweep.path.resolve()), _begun(task, self.notebook, self.swept), task.asked, session=self.cluster.session,
-            takes_out="out" in self.notebook.parameters, cwd=os.getcwd(), environment=environment, package=package_code(),
+            takes_out="out" in self.notebook.parameters, cwd=os.getcwd(), environment=environment, package=self.notebook.package,
         )  # fmt: skip
 
     def _note(self, task: Task, result: dict | str) -> None:
@@ -349,9 +406,10 @@ class Workers:
         record = _heard(result, self.sweep.record(task.name), _begun(task, self.notebook, self.swept))
         if record["status"] == "refused":  # by a machine that would refuse all
             raise SweepError(record["error"])
-        called = self._called.pop(task.name, "")
-        if called and record["status"] not in ENDED:
-            record["status"] = called
+        stopped = task.name in self._stopped
+        self._stopped.discard(task.name)
+        if stopped and record["status"] not in ENDED:
+            record["status"] = "stopped"
         elif record["status"] in ("died", "cancelled"):  # nobody here cancelled it
             self._deaths[task.name] += 1
             if self._deaths[task.name] <= self.retries:
@@ -359,8 +417,7 @@ class Workers:
                 return
             record |= {"status": "failed", "error": f"died {self._deaths[task.name]} times, at last of {record['error']}"}
         if record["status"] != self.sweep.record(task.name)["status"]:
-            with suppress(OSError):  # a record that cannot be written says running, which is not ended
-                self.sweep.write(record)
+            _put_down(self.sweep, record)
         self._end(record)
 
     def _end(self, record: dict) -> None:
@@ -407,8 +464,9 @@ def plan(
     sweep, read = Sweep(Path(folder)), read_notebook(notebook)
     sweep.check(read)
     known(axes, read.parameters)
-    values = {name: axis(single(read.parameters[name]) if name in read.slices else read.parameters[name], given) for name, given in axes.items()}
-    rows = rows_of(_text(Path(table)), read.parameters) if table else None
+    read_as = {name: single(parameter) if name in read.slices else parameter for name, parameter in read.parameters.items()}
+    values = {name: axis(read_as[name], given) for name, given in axes.items()}
+    rows = rows_of(_text(Path(table)), read_as) if table else None
     points = combinations(values, [tuple(names) for names in zipped], rows)
     for row in rows or []:
         for name, value in row.items():

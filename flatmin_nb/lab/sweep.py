@@ -146,10 +146,11 @@ def _reread() -> bool:
     "Have Ray look at its variables again, for it keeps what it has read; whether it could be asked to."
     try:
         from ray._raylet import AuthenticationTokenLoader, Config
-    except ImportError:  # Ray does not promise them
+
+        Config.initialize("")  # the mode first: where a token is wanted and none is there, Ray ends the process
+        AuthenticationTokenLoader.instance().reset_cache()
+    except (ImportError, AttributeError):  # Ray does not promise them
         return False
-    Config.initialize("")  # the mode first: where a token is wanted and none is there, Ray ends the process
-    AuthenticationTokenLoader.instance().reset_cache()
     return True
 
 

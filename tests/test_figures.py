@@ -210,7 +210,7 @@ def test_what_nobody_should_see_is_found(tmp_path, output, complaint):
 
 @pytest.mark.parametrize("output", [
     stream("runs/tmp/a.csv, ~/home/b, 3/tmp/4, https://pytorch.org/home/x, $HOME/tmp, </mnt>, 1/work: a warning: none; at 0x1F"),
-    [{"output_type": "display_data", "data": {"image/png": "L3RtcC9hL2hvbWUv+/tmp/a", "text/html": ['<img src="data:image/png;base64,AA+/tmp/AA=="> <a href="https://arxiv.org">a</a>']}}],
+    [{"output_type": "display_data", "data": {"image/png": f"L3RtcC9hL2hvbWUv+{SCRATCH}/a", "text/html": [f'<img src="data:image/png;base64,AA+{SCRATCH}/AA=="> <a href="https://arxiv.org">a</a>']}}],
 ])  # fmt: skip
 def test_what_can_be_shown_is_not_refused(tmp_path, output):
     assert figures.unpresentable(read(page(tmp_path / "a.ipynb", "1", outputs=output)), ("machine-7",)) == []

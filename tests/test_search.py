@@ -32,6 +32,7 @@ from flatmin_nb.lab.search import (
     surrogate_check,
     surrogate_said,
 )
+from flatmin_nb.lab.sweep import plan
 from flatmin_nb.lab.tasks import load, write_json
 from typer.testing import CliRunner
 
@@ -515,12 +516,36 @@ def test_a_point_that_is_finished_is_not_run_again(tmp_path):
     assert len(other.table) == 31 and max(fake.submitted.values()) == 1
 
 
+class Late(Fake):
+    "News of a run come when its record has been on disk for a while."
+
+    def wait(self, seconds=0.3):
+        held, self.held = getattr(self, "held", []), super().wait(seconds)
+        return held
+
+
+def test_a_run_that_ended_before_the_news_of_it_is_told_once(tmp_path):
+    fake = Late(lambda L, **_: ([], dict(density=(L - 2) ** 2)))
+    result = ask(tmp_path / "s", fake=fake, space={"L": "integers(1, 4)"}, trials=30)
+    assert len(result.table) == 30 and (result.table["state"] == "finished").all() and len(fake.ended) == 4
+    assert repr(result) == "30 trials (30 finished); best density 0 at L = 2 (trial %d)" % result.table[result.table["L"] == 2]["number"].min()
+
+
+def test_a_folder_is_of_sweeps_or_of_searches(tmp_path):
+    ask(tmp_path / "s", trials=2)
+    with pytest.raises(SweepError, match="holds a search; choose another folder for a sweep"):
+        plan(tmp_path / "nb/toy.ipynb", tmp_path / "s", {"L": [1]})
+    (tmp_path / "s/search.json").unlink()
+    with pytest.raises(SweepError, match="holds a sweep; choose another folder for a search"):
+        ask(tmp_path / "s", trials=2)
+
+
 def test_lists_to_choose_from(tmp_path):
     notebook = notebook_in(tmp_path, parameters="widths: list[int] = [10]\nu: float = 0.0")
     result = search(notebook, tmp_path / "s", {"widths": "[[30, 10], [10], [20, 20]]", "u": [0.0, math.inf]}, metric="size", trials=12, workers=Fake(lambda widths, u, **_: ([], dict(size=sum(widths) ** 2 * 1.5))))
     assert result.best["widths"] == [10] and {tuple(one) for one in result.table["widths"]} == {(30, 10), (10,), (20, 20)}
     assert set(result.table["u"]) == {0.0, math.inf} and load(tmp_path / "s").axes["widths"][0] in ([30, 10], [10], [20, 20])
-    assert len(result.surrogate) == 8
+    assert len(result.surrogate) == result.table["task"].nunique() - 4 > 0  # what a trial shares with an earlier one has been seen
 
 
 def test_the_folder_is_one_of_a_sweep_too(tmp_path):
@@ -803,7 +828,7 @@ def test_two_trials_that_wait_for_one_run(tmp_path):
 def points(count, seed=0):
     random = np.random.default_rng(seed)
     table = pd.DataFrame({"number": range(count), "state": "finished", "u": random.uniform(size=count), "L": 10 ** random.uniform(0, 3, size=count), "schedule": random.choice(["a", "b"], size=count)})
-    return table.assign(metric=table["u"] + np.log10(table["L"]) + (table["schedule"] == "a"))
+    return table.assign(metric=table["u"] + np.log10(table["L"]) + (table["schedule"] == "a"), task=[f"t{number}" for number in range(count)])
 
 
 SPACE = dict(u="uniform(0, 1)", L="loguniform(1, 1000)", schedule="choice('a', 'b')")
@@ -821,6 +846,12 @@ def test_a_surrogate_is_asked_about_what_it_has_not_seen():
     changed = table.assign(metric=[*table["metric"][:20], *(table["metric"][20:] + 100)])  # what comes later changes no earlier prediction
     assert surrogate_check(changed, SPACE, "metric")["predicted"][:17].tolist() == check["predicted"][:17].tolist()
     assert surrogate_said(check).startswith("surrogate: off by ")
+
+
+def test_a_surrogate_is_not_asked_twice_about_a_run():
+    table = points(20)
+    again = pd.concat([table, table.iloc[8:].assign(number=range(20, 32))], ignore_index=True)
+    pd.testing.assert_frame_equal(surrogate_check(again, SPACE, "metric"), surrogate_check(table, SPACE, "metric"))
 
 
 def test_a_surrogate_of_noise_is_no_better_than_the_mean():

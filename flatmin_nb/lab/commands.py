@@ -78,7 +78,7 @@ def outlook(
 ) -> str:
     "What a plan comes to, in one line."
     runs, ended = len(plan.tasks), len(plan.there)
-    text = f"{len(plan.points)} points in {runs + ended} runs: {ended} ended, {runs} to be run"
+    text = f"{len(plan.points)} point{'s' * (len(plan.points) != 1)} in {runs + ended} run{'s' * (runs + ended != 1)}: {ended} ended, {runs} to be run"
     if runs and not math.isnan(plan.seconds) and not at_once:
         text += f"; those that have ended here took {duration(plan.seconds)} each"
     elif runs and not math.isnan(plan.seconds):
@@ -166,6 +166,8 @@ def _load(
         typer.echo(f"{len(runs.table)} rows of {len(runs)} runs written to {out}")
     else:
         say(shown(runs.table, runs.swept).to_string(index=False) if len(runs) else "no run has ended")
+    if not all and (old := len(runs) - sum(record["status"] in ENDED for record in runs.tasks)):
+        typer.echo(f"{old} of these runs {'was' if old == 1 else 'were'} not asked for last", err=True)
     if runs.other_code and not all:
         typer.echo(f"{runs.other_code} runs of other code are left out; --all shows them", err=True)
 
@@ -226,6 +228,7 @@ def _plot(
     elif metric:
         drawn = figures(load(folder), metric, (x, y) if x else ())
     else:
+        load(folder)  # where there is no sweep, that is said first
         raise SweepError("--metric is not given; name the column to draw, --metric test_error say")
     out = out or folder / "figures"
     out.mkdir(parents=True, exist_ok=True)

@@ -485,7 +485,7 @@ def end(search: UnderWay, record: dict) -> None:
     "Tell Optuna of a task that has ended, in every trial that waits for it."
     name, status = record["task"], record["status"]
     values, steps = measured(search, record), reports_of(search, name)
-    for trial in search.waiting.pop(name):
+    for trial in search.waiting.pop(name, ()):  # none where its record was on disk before the news of it came
         if status != "stopped":
             judged(search, trial, steps, whole=True)
         elif not search.trials()[trial.number].intermediate_values:  # it waited for another's run
@@ -540,7 +540,9 @@ class Result:
         states, best = self.table["state"].value_counts(), self.best
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
         metric = self.question["metric"]
-        least = f"best feasible {metric} {best[metric]:.6g}, trial {best['number']}" if best else "none feasible"
+        feasible = "feasible " if self.question["constraints"] else ""
+        found = ", ".join(f"{name} = {best[name]:.4g}" if isinstance(best[name], float) else f"{name} = {best[name]}" for name in self.question["space"]) if best else ""
+        least = f"best {feasible}{metric} {best[metric]:.6g} at {found} (trial {best['number']})" if best else f"none {feasible or 'finished'}".strip()
         return f"{len(self.table)} trials ({counts or 'none'}); {least}"
 
 # %% ../../nbs/lab/search.ipynb #eff869c2
@@ -671,7 +673,7 @@ def search(
     from flatmin_nb.lab.sweep import Workers, check_device
 
     check_device([values.get("device", ""), *(value for one in dimensions if one.name == "device" for value in one.values)], options.get("gpus_per_run", 0))
-    sweep.check(read)
+    sweep.check(read, search=True)
     with _quiet(), driven(sweep):
         study = opened(sweep.path, question)
         sweep.keep(read)
@@ -744,12 +746,12 @@ def surrogate_check(
     seed: int = 0,  # of the forests
     last: int = sys.maxsize,  # trials, at most: a forest is fitted for each
 ) -> Any:  # number, predicted, spread (of the trees), actual, mean_before
-    "What a forest says of each finished trial, from the fifth on, when it has seen those before it and no other."
+    "What a forest says of each finished trial, from the fifth on, when it has seen those before it and no other. A run that several trials share counts once."
     import numpy as np
     import pandas as pd
     from sklearn.ensemble import ExtraTreesRegressor
 
-    ended = table[(table["state"] == "finished") & np.isfinite(table[metric].astype(float))].sort_values("number")
+    ended = table[(table["state"] == "finished") & np.isfinite(table[metric].astype(float))].sort_values("number").drop_duplicates("task")
     points, values, rows = encoded(ended, space), ended[metric].to_numpy(dtype=float), []
     for place in range(max(4, len(ended) - last), len(ended)):
         forest = ExtraTreesRegressor(100, random_state=seed).fit(points[:place], values[:place])
@@ -764,7 +766,7 @@ def surrogate_said(check: Any) -> str:
     if check.empty:
         return "fewer than five trials are finished: nothing to check a surrogate by"
     forest, mean = ((check[name] - check["actual"]).abs().mean() for name in ("predicted", "mean_before"))
-    return f"surrogate: off by {forest:.3g} on average, on {len(check)} trials that it had not seen; the mean of the trials before: {mean:.3g}"
+    return f"surrogate: off by {forest:.3g} on average, on {len(check)} trials that it had not seen; their mean so far, as a guess, by {mean:.3g}"
 
 # %% ../../nbs/lab/search.ipynb #262c7c87
 def plot_search(result: Result, ax: Any) -> Any:
@@ -804,7 +806,7 @@ def search_figures(result: Result) -> dict[str, Any]:  # matplotlib figures by n
     from matplotlib.figure import Figure
 
     if not (result.table["state"] == "finished").any():
-        raise SearchError("no trial of this search has finished yet, so there is nothing to draw; wait for the first")
+        raise SearchError("no trial of this search has finished yet, so there is nothing to draw; wait for the first, or give the command again")
     made = {"search": Figure(figsize=(6, 3.4), layout="constrained")}
     plot_search(result, made["search"].add_subplot()).legend(fontsize=8)
     if len(check := result.surrogate):

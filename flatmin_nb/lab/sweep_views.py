@@ -139,7 +139,7 @@ class Cells:
 def axis_of(table: Any, name: str, axes: dict[str, list]) -> list:
     "The values of the axis `name`. SweepError if the rows of the table are slices."
     if any(len(values_in(value, axes.get(name, ()))) > 1 for value in table[name] if name in axes):
-        raise SweepError(f"a row stands for many values of {name!r}, which was swept in slices; draw a column of the lanes instead")
+        raise SweepError(f"a row stands for many values of {name!r}, which was swept in slices; draw over two columns of the lanes, --x alpha --y temp say")
     return values_of(table[name], axes.get(name, ()))
 
 

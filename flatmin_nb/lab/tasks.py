@@ -125,10 +125,13 @@ class Sweep:
         with written_whole(path) as file:
             file.write(notebook.text.encode())
 
-    def check(self, notebook: Notebook) -> None:
-        "SweepError where the folder cannot be this notebook's."
+    def check(self, notebook: Notebook, search: bool = False) -> None:
+        "SweepError where the folder cannot be this notebook's, or holds a search where a sweep is wanted, or the other way round."
         if self.path.exists() and not self.path.is_dir():
             raise SweepError(f"'{self.path}' is a file; choose another folder")
+        there, wanted = ("search" if searched else "sweep" for searched in ((self.path / "search.json").exists(), search))
+        if (self.path / "sweep.json").exists() and there != wanted:
+            raise SweepError(f"'{self.path}' holds a {there}; choose another folder for a {wanted}")
         if (self.path / "sweep.json").exists() and (theirs := self.asked()["notebook"]) != notebook.name:
             raise SweepError(f"'{self.path}' holds a sweep of {theirs}; choose another folder for {notebook.name}")
 

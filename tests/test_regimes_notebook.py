@@ -59,6 +59,14 @@ def test_a_sweep_is_read_back_and_replaced(page):
     assert len(page(**options("sizes=65"), out="out", overwrite=True)["table"]) == 12
 
 
+@pytest.mark.parametrize("wrong", ["seeds=0.5", "seeds=0:1:0.5", "sizes=64.5", "sizes=-64"])
+def test_seeds_and_sizes_are_whole(page, wrong):
+    from flatmin_nb.lab.parameters import ParameterError
+
+    with pytest.raises(ParameterError, match=f"'{wrong.split('=')[0]}'"):
+        page(**options(wrong))
+
+
 def test_curves_hold_the_table_at_their_ends(page):
     found = page(**options() | {"curves": True})
     ends = found["history"].query("event == 'end'")

@@ -58,6 +58,8 @@ def test_what_ended_stays_in_the_table_whether_it_is_asked_for_or_not(tmp_path):
     seeds = [one["args"]["seed"] for one in runs]
     assert seeds[0] == 1 and sorted(seeds) == [0, 1, 2]  # what was asked for comes first
     assert len(runs.table) == 3 and len(runs.tasks) == 1 and repr(runs) == "1 of 1 runs ended, over seed (1)"
+    assert flatmin("load", tmp_path / "s").splitlines()[-1] == "2 of these runs were not asked for last"
+    assert "not asked for" not in flatmin("load", tmp_path / "s", "--all")
 
 
 def test_a_slice_that_was_interrupted_and_grew_is_one_run(tmp_path):

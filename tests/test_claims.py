@@ -594,6 +594,8 @@ def test_the_short_answer_is_what_the_records_say():
     rows = rows[rows["status"] != "blank"]
     status = lambda words: rows[rows["claim"].str.startswith(words)].set_index("claim")["status"]
     assert (status("At equal train loss, descent on all images") == "reproduced").all() and len(status("At equal train loss, descent on all images")) == 2
+    ratio = pd.read_csv(RESULTS / "flatness.csv").pivot_table(index="measure", columns="batch", values="value").drop(["test error, %", "test loss", "length of the weights"]).eval("large / small")
+    assert len(ratio) == 16 and (ratio > 1).sum() == 13  # sharper by most measures, not by all
     better = pd.concat([status(words) for words in ("Entropy-SGD's test error is lower than", "SmoothOut lowers", "AdaSmoothOut lowers", "The compressed net's test error is lower", "Nudged-SGD generalises better", "And by the mean validation")])
     assert len(better) == 8 and "reproduced" not in set(better)
     sharper = rows[rows["claim"] == "Nudged-SGD, γ = 0.1, ends sharper than SGD"].squeeze()

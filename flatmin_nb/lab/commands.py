@@ -206,7 +206,7 @@ def _cancel(folder: Annotated[Path, FOLDER]) -> None:
         raise SweepError(f"the sweep {who} does not answer; end that process")
     typer.echo(f"ended the sweep {who}")
 
-
+# %% ../../nbs/lab/commands.ipynb #7d1f40ce
 @app.command("plot")
 def _plot(
     folder: Annotated[Path, FOLDER],

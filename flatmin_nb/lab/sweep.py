@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -75,6 +75,21 @@ def _begun(task: Task, notebook: Notebook, swept: Sequence[str]) -> dict:
     "The record of a task that has not run yet."
     return dict(task=task.name, status="waiting", notebook=notebook.name, code=notebook.code, args=task.args, swept=list(swept), points=list(task.points), attempts=[], seconds=0.0, error="")
 
+# %% ../../nbs/lab/sweep.ipynb #9b27d6e3
+def _attempted(run: Callable[[], tuple[str, str]], out: Path, package: str) -> tuple[str, str]:
+    "What came of a run: anew where it cannot go on from what is in `out`, and refused where the package was edited meanwhile."
+    went_on = out.exists()
+    status, error = run()
+    if error.startswith("TakenError: ") and went_on:  # a notebook that cannot go on from what an earlier attempt left
+        _set_aside(out)
+        status, error = run()
+    if error.startswith("InUseError: "):  # by what an earlier attempt left running, which its guardian will end
+        status = "died"
+    if package_code() != package:  # and nobody knows which of the two codes ran
+        kept = f", which is kept in '{_set_aside(out)}'," if out.exists() else ""
+        return "refused", f"flatmin_nb on {socket.gethostname()} was edited during a run, so its result{kept} may be of either code; give the command again"
+    return status, error
+
 # %% ../../nbs/lab/sweep.ipynb #28b7123d
 def run_task(
     path: str,  # the sweep's folder
@@ -104,18 +119,9 @@ def run_task(
         record |= dict(status="running", attempts=[*lost(before), attempt])
         mark = _marked_worker(session)[0] + record["task"]
         sweep.write(record)
-        where, out = Path(cwd) if Path(cwd).is_dir() else sweep.path, folder / "out"
-        went_on = out.exists()
+        where = Path(cwd) if Path(cwd).is_dir() else sweep.path
         again = lambda: execute(sweep.notebook(record["code"]), asked, folder, mark=mark, takes_out=takes_out, cwd=where, environment=environment, family=True)
-        status, error = again()
-        if error.startswith("TakenError: ") and went_on:  # a notebook that cannot go on from what an earlier attempt left
-            _set_aside(out)
-            status, error = again()
-        if error.startswith("InUseError: "):  # by what an earlier attempt left running, which its guardian will end
-            status = "died"
-        if package_code() != package:  # and nobody knows which of the two codes ran
-            kept = f", which is kept in '{_set_aside(out)}'," if out.exists() else ""
-            status, error = "refused", f"flatmin_nb on {here} was edited during a run, so its result{kept} may be of either code; give the command again"
+        status, error = _attempted(again, folder / "out", package)
     except KeyboardInterrupt:
         status, error = "cancelled", ""
     except InUseError as trouble:  # by an owner that lives; the record is its own
@@ -172,7 +178,7 @@ def _variables(address: str) -> Iterator[None]:
         if "ray" in sys.modules:  # it is not where Ctrl-C came first
             _reread()
 
-
+# %% ../../nbs/lab/sweep.ipynb #c4e0b95a
 @contextmanager
 def _ray(address: str, mark: str) -> Iterator[tuple[Any, bool]]:
     "Ray, connected to the cluster at an address, or, without one, to a cluster of this machine that ends with the block; and whether it is such a one."
